@@ -1,0 +1,487 @@
+"""Interactions and item texts: download, read, filter, split.
+
+    interactions, texts, titles, users, items = load('beauty')       # or 'ml-100k', or a folder
+    train, valid, test = split(interactions, np.random.default_rng(0))
+
+The data of LLMInit (arXiv 2503.01814): keep ratings >= 4, drop interactions of items without
+metadata, count a repeated pair once, then 5-core; leave one out per user, in random order.
+
+Datasets
+    beauty, toys, tools, office    Amazon 2014, zips of RecBole atomic files
+    ml-100k                        MovieLens-100k, out of the recbole wheel, through pip
+    a folder of your own           one file with the columns user_id and item_id (rating and
+                                   timestamp if you have them), one with item_id and text
+Files are looked for as <folder>/amazon-beauty/amazon-beauty.inter and .item and fetched only
+when missing. Your own may be atomic files, CSV or TSV, plain or gz; delimiter, column order
+and encoding mark are found. Only comma and semicolon files know quotes: in the others a quote
+is a letter. Ids are strings: '007' is not '7'.
+
+Decisions the paper leaves open
+    users   in order of first appearance in the interaction file
+    items   in the order of the item file, those with interactions left; repeated rows: the first
+    a row without a rating is a positive, like every row of a file without that column
+    an item without text stays, with the text ''; it is counted on stderr
+    a row with too many or too few fields, without an id or with a rating that is no number is
+    dropped and counted
+
+Does not: order by time, keep ratings as weights, guess columns by content, clean up HTML.
+
+U users, I items, E interactions. Needs numpy, scipy and requests. MIT licence, from LLMInit's
+reference implementation.
+"""
+import codecs
+import contextlib
+import csv
+import gzip
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections import defaultdict
+
+import numpy as np
+import requests
+import scipy.sparse as sp
+
+AMAZON_URL = ('https://recbole.s3-accelerate.amazonaws.com/ProcessedDatasets/'
+              'Amazon_ratings/')                                      # [authors' code]
+FOLDERS = {'beauty': 'amazon-beauty', 'toys': 'amazon-toys-games',    # [ours: RecBole's names]
+           'tools': 'amazon-tools-home-improvement', 'office': 'amazon-office-products',
+           'ml-100k': 'ml-100k'}
+ZIPS = {'beauty': 'Amazon_Beauty.zip', 'toys': 'Amazon_Toys_and_Games.zip',
+        'tools': 'Amazon_Tools_and_Home_Improvement.zip',
+        'office': 'Amazon_Office_Products.zip'}                       # [authors' code]
+ML_100K_WHEEL = 'recbole==1.2.1'       # [ours: real data for who reaches nothing but PyPI]
+ML_100K_SHA256 = {'.inter': '4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff',
+                  '.item': '51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532'}
+SUFFIXES = ('.inter', '.item')
+SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
+         'tools': (9245, 6198, 73250), 'office': (3260, 1583, 36544),  # [paper], less the padding
+         'ml-100k': (938, 1008, 54413)}                                # row; [ours: measured]
+MIN_RATING, CORE = 4.0, 5              # [paper]
+AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' source holds]
+MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
+CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
+NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
+
+
+def note(text, kind='note'):
+    """One line on stderr, where it does not mix with results."""
+    print(f'{kind}: {text}', file=sys.stderr)
+
+
+def listed(names, most=8):
+    """'a, b, c and 4 more', for messages."""
+    names = [repr(str(name))[1:-1][:40] for name in names]      # one line, whatever the bytes
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return (', '.join(names[:most]) or 'nothing') + more
+
+
+def download(url, path, sha256=None, size=None):
+    """Fetches url to path: streamed to path.part, checked, renamed; or OSError and no file."""
+    part, digest, done = f'{path}.part', hashlib.sha256(), 0
+    show = sys.stderr.isatty()
+    try:
+        with requests.get(url, stream=True, timeout=(10, 60),         # seconds
+                          headers={'Accept-Encoding': 'identity'}) as answer, \
+                open(part, 'wb') as file:
+            answer.raise_for_status()
+            size = size or int(answer.headers.get('Content-Length', 0))
+            for block in answer.iter_content(1 << 20):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                if show:
+                    print(f'\r{os.path.basename(path)}: {done >> 20} of {size >> 20} MB',
+                          end='', file=sys.stderr)
+        if size and done != size:
+            raise OSError(f'{done} bytes came, {size} were expected')
+        if sha256 and digest.hexdigest() != sha256:
+            raise OSError(f'SHA-256 is {digest.hexdigest()}, expected {sha256}')
+        os.replace(part, path)
+    except (OSError, ValueError) as error:    # requests' own errors are OSErrors
+        raise OSError(f'{url}: {" ".join(str(error).split())}') from None
+    finally:
+        if show:
+            print(file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+@contextlib.contextmanager
+def scratch_folder(folder):
+    """A temporary folder inside folder, so that a rename out of it is atomic; always removed."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix='.part-', dir=folder)
+    except OSError as error:
+        raise OSError(f'cannot write into {folder} ({error.strerror}); '
+                      'name another folder with --data') from None
+    with scratch as path:
+        yield path
+
+
+def unpack(archive, suffix, path):
+    """Streams the one member of a zip whose name ends in suffix to path.
+
+    The member's own path is never used, so nothing can land elsewhere; its size is bounded;
+    its CRC is checked by zipfile. ValueError if the zip is damaged or holds something else.
+    """
+    name = os.path.basename(archive)
+    try:
+        with zipfile.ZipFile(archive) as box:
+            found = [member for member in box.infolist() if member.filename.endswith(suffix)
+                     and not os.path.basename(member.filename).startswith('.')]
+            if len(found) != 1:
+                raise ValueError(f'{name}: expected one *{suffix} in it, found '
+                                 f'{len(found)} among {listed(box.namelist())}')
+            # only deflate is unpacked in bounded pieces by zipfile
+            if found[0].file_size > MAX_UNPACKED or found[0].compress_type not in (0, 8):
+                raise ValueError(f'{name}: refused, *{suffix} in it would unpack to '
+                                 f'{found[0].file_size:,} bytes (zip method '
+                                 f'{found[0].compress_type})')
+            with box.open(found[0]) as source, open(path, 'wb') as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise ValueError(f'{name}: not a sound zip ({error})') from None
+
+
+def fetch_amazon(dataset, scratch):
+    """Downloads the zip of an Amazon set; its path. (A second source goes here.)"""
+    archive = os.path.join(scratch, ZIPS[dataset])
+    download(AMAZON_URL + ZIPS[dataset], archive)
+    return archive
+
+
+def fetch_wheel(scratch):
+    """Downloads the wheel that carries ml-100k with pip, installing nothing; its path."""
+    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
+               '--disable-pip-version-check', '--only-binary=:all:', '--dest', scratch,
+               ML_100K_WHEEL]
+    ran = subprocess.run(command, capture_output=True, text=True, errors='replace')
+    wheels = [name for name in os.listdir(scratch) if name.endswith('.whl')]
+    if ran.returncode or not wheels:
+        said = (ran.stderr.strip() or 'no wheel came').splitlines()[-1]
+        raise OSError(f'pip download {ML_100K_WHEEL} failed: {said}')
+    return os.path.join(scratch, wheels[0])
+
+
+def fetch(dataset, scratch):
+    """Brings a dataset's two atomic files into the folder scratch; their paths, checked."""
+    wheel = dataset == 'ml-100k'
+    archive = fetch_wheel(scratch) if wheel else fetch_amazon(dataset, scratch)
+    paths = [os.path.join(scratch, FOLDERS[dataset] + suffix) for suffix in SUFFIXES]
+    for path, suffix in zip(paths, SUFFIXES):
+        unpack(archive, os.path.basename(path) if wheel else suffix, path)
+        if wheel:
+            with open(path, 'rb') as file:
+                found = hashlib.sha256(file.read()).hexdigest()
+            if found != ML_100K_SHA256[suffix]:
+                raise ValueError(f'ml-100k{suffix} in {ML_100K_WHEEL}: SHA-256 is {found}, '
+                                 f'expected {ML_100K_SHA256[suffix]}')
+    return paths
+
+
+def dataset_files(dataset, folder):
+    """Paths of a dataset's .inter and .item file, fetched if one is missing: both or neither."""
+    home = os.path.join(folder, FOLDERS[dataset])
+    paths = [os.path.join(home, FOLDERS[dataset] + suffix) for suffix in SUFFIXES]
+    if not all(map(os.path.isfile, paths)):
+        with scratch_folder(folder) as scratch:
+            try:
+                fresh = fetch(dataset, scratch)
+                os.makedirs(home, exist_ok=True)
+                for source, path in zip(fresh, paths):
+                    os.replace(source, path)
+            except (ValueError, OSError) as error:
+                raise OSError(f'{error}; or place {paths[0]} and .item there by hand') from None
+    return paths
+
+
+def open_text(path):
+    """A text file, plain or gz, UTF-8 or by its mark UTF-16; bad bytes become U+FFFD."""
+    with open(path, 'rb') as file:
+        opener = gzip.open if file.read(2) == b'\x1f\x8b' else open
+    with opener(path, 'rb') as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return opener(path, 'rt', encoding='utf-16' if wide else 'utf-8-sig', errors='replace',
+                  newline='')
+
+
+def read_rows(path):
+    """Yields the header, then the rows, as lists of strings; blank lines are skipped.
+
+    The delimiter is the one the header holds most of. Errors: ValueError naming the line.
+    """
+    line = 0
+    try:
+        with open_text(path) as file:
+            header = next((text for text in file if text.strip()), '')
+            delimiter = max('\t,;|', key=header.count)
+            quotes = delimiter in ',;'
+            # strict: else a quote never closed would swallow the rows behind it unseen
+            reader = csv.reader(itertools.chain([header], file), delimiter=delimiter,
+                                quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+                                skipinitialspace=quotes, strict=True)
+            for row in reader:
+                if row:
+                    yield row
+                line = reader.line_num
+    except csv.Error as error:
+        raise ValueError(f'{path}, line {line + 1}: {error}; quotes must be closed, and a quote '
+                         'inside quotes doubled') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: damaged gz file ({error})') from None
+
+
+def read_header(rows, path):
+    """[(name, type)] of the columns, type '' where the header gives none."""
+    header = next(rows, None)
+    if header is None:
+        raise ValueError(f'{path}: empty; expected a header line and rows')
+    kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
+    return [re.fullmatch(kinds, cell.strip(), re.S).groups('') for cell in header]
+
+
+def find_column(columns, name):
+    """Index of a column, -1 if there is none; 'userId' and 'User ID' are user_id."""
+    plain = [re.sub('[^a-z0-9]', '', column.lower()) for column, _ in columns]
+    wanted = name.replace('_', '')
+    return plain.index(wanted) if wanted in plain else -1
+
+
+def need_column(columns, name, path):
+    found = find_column(columns, name)
+    if found < 0:
+        raise ValueError(f'{path}: no column {name}; found {listed(c for c, _ in columns)}')
+    return found
+
+
+def read_columns(rows, width, picked, path):
+    """Codes (E,) and distinct strings of each picked column, in order of first appearance.
+
+    Rows of another width than the header's are dropped and counted. No Python code runs per
+    cell: a defaultdict whose default is its own length numbers new strings in C.
+    """
+    tables = [defaultdict() for _ in picked]
+    for table in tables:
+        table.default_factory = table.__len__
+    codes, ragged = [[np.empty(0, np.int32)] for _ in picked], 0
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        whole = [row for row in chunk if len(row) == width]
+        ragged += len(chunk) - len(whole)
+        cells = list(zip(*whole)) or [()] * width
+        for column, table, out in zip(picked, tables, codes):
+            out.append(np.fromiter(map(table.__getitem__, cells[column]), np.int32, len(whole)))
+    if not tables[0]:
+        raise ValueError(f'{path}: no rows with the {width} fields of the header, {ragged} others')
+    if ragged:
+        note(f'{path}: {ragged} rows dropped, they have not the {width} fields of the header')
+    return [np.concatenate(out) for out in codes], [list(table) for table in tables]
+
+
+def count_bad_bytes(strings, path):
+    bad = sum('\ufffd' in string for string in strings)
+    if bad:
+        note(f'{path}: {bad} ids or texts hold bytes that are not UTF-8, shown as U+FFFD')
+
+
+def to_number(text):
+    """A float; NaN where the number is missing, -inf where it is none."""
+    if text.strip().lower() in NO_NUMBER:
+        return np.nan
+    try:
+        return float(text.replace(',', '.'))
+    except ValueError:
+        return -np.inf
+
+
+def read_interactions(path, min_rating):
+    """Positives: user and item codes (E,), the users' and items' ids, the rows in the file."""
+    rows = read_rows(path)
+    columns = read_header(rows, path)
+    picked = [need_column(columns, name, path) for name in ('user_id', 'item_id')]
+    rating = find_column(columns, 'rating')
+    picked += [rating] if rating >= 0 else []
+    codes, strings = read_columns(rows, len(columns), picked, path)
+    count_bad_bytes(strings[0] + strings[1], path)
+    whole = positive = np.ones(len(codes[0]), bool)
+    for code, ids in zip(codes, strings[:2]):
+        whole = whole & np.array([name != '' for name in ids])[code]
+    if rating >= 0:
+        ratings = np.array([to_number(text) for text in strings[2]])[codes[2]]
+        whole &= ratings != -np.inf
+        positive = ~(ratings < min_rating)                 # a missing one, NaN, is positive
+        if missing := np.isnan(ratings[whole]).sum():
+            note(f'{path}: {missing} rows without a rating count as positive')
+    if not whole.all():
+        note(f'{path}: {(~whole).sum()} rows dropped: no id, or a rating that is no number')
+    keep = whole & positive
+    return codes[0][keep], codes[1][keep], strings[0], strings[1], len(keep)
+
+
+def is_text(kind, cells):
+    """Whether a column is text: by its type, else if not every cell is a number or missing."""
+    if kind:
+        return kind.startswith('token')
+    return any(to_number(cell) == -np.inf for cell in cells)
+
+
+def pick_text(columns, cells, text_columns, path):
+    """Indices of the text columns: those asked for by name, else every one but the id."""
+    names = [name for name, _ in columns]
+    if text_columns is None:
+        item_id = find_column(columns, 'item_id')
+        return [c for c, (_, kind) in enumerate(columns)
+                if c != item_id and is_text(kind, cells[c])]
+    unknown = [name for name in text_columns if name not in names]
+    if unknown:
+        raise ValueError(f'{path}: no column {listed(unknown)}; found {listed(names)}')
+    return [names.index(name) for name in text_columns]
+
+
+def read_items(path, text_columns=None):
+    """The distinct items' ids, texts and titles, in the order of the file."""
+    rows = read_rows(path)
+    columns = read_header(rows, path)
+    item_id = need_column(columns, 'item_id', path)
+    codes, strings = read_columns(rows, len(columns), range(len(columns)), path)
+    picked = pick_text(columns, strings, text_columns, path)
+    if not picked:
+        raise ValueError(f'{path}: no text column beside item_id; found '
+                         f'{listed(name for name, _ in columns)}')
+    named = [find_column(columns, name) for name in ('title', 'movie_title', 'name')]
+    title = next((c for c in named if c >= 0), picked[0])
+
+    # codes count up in order of first appearance, so these are the rows and ids in file order
+    rows = np.unique(codes[item_id], return_index=True)[1]
+    if repeated := len(codes[item_id]) - len(rows):
+        note(f'{path}: {repeated} rows repeat an item_id; the first of each counts')
+
+    def joined(chosen):
+        cells = ([strings[c][code] for code in codes[c][rows]] for c in chosen)
+        return [' '.join(' '.join(parts).split()) for parts in zip(*cells)]
+    texts = joined(picked)
+    count_bad_bytes(texts, path)
+    return strings[item_id], texts, joined([title])
+
+
+def pick_file(paths, usual, expected):
+    """The one path, or the one among several that has a usual name."""
+    if len(paths) > 1:
+        paths = [path for path in paths if re.search(usual, os.path.basename(path))]
+    if len(paths) != 1:
+        raise ValueError(expected)
+    return paths[0]
+
+
+def own_files(folder):
+    """The interaction and the item file of a user's folder, told apart by their columns."""
+    seen = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r'[^.].*\.(inter|item|csv|tsv|txt)(\.gz)?', name) and os.path.isfile(path):
+            try:
+                seen[path] = read_header(read_rows(path), path)
+            except ValueError as error:
+                seen[path] = [(str(error).removeprefix(f'{path}: '), '')]
+    users = [path for path, columns in seen.items() if find_column(columns, 'user_id') >= 0]
+    items = [path for path, columns in seen.items() if find_column(columns, 'item_id') >= 0]
+    found = '; '.join(f'{os.path.basename(path)} ({listed(name for name, _ in columns)})'
+                      for path, columns in seen.items()) or listed(sorted(os.listdir(folder)))
+    kinds = f'as .inter, .item, .csv, .tsv or .txt, plain or gz; found {found}'
+    return (pick_file([path for path in users if path in items],
+                      r'^(interactions|ratings|inter)\.|\.inter(\.gz)?$',
+                      f'{folder}: expected one file with columns user_id and item_id, {kinds}'),
+            pick_file([path for path in items if path not in users], r'^items?\.|\.item(\.gz)?$',
+                      f'{folder}: expected one file with item_id and text, no user_id, {kinds}'))
+
+
+def k_core(users, items, core):
+    """Positions (E',) of the pairs that stay when users and items with fewer than `core` pairs
+    go, again and again until nothing goes. users, items (E,): codes from 0, no pair twice."""
+    kept = np.arange(len(users))
+    while True:
+        u, i = users[kept], items[kept]
+        good = (np.bincount(u)[u] >= core) & (np.bincount(i)[i] >= core)
+        if good.all():
+            return kept
+        kept = kept[good]
+
+
+def renumber(codes):
+    """codes (E,) without gaps, order kept, and the old code of each new one."""
+    used = np.bincount(codes) > 0
+    return (np.cumsum(used) - 1)[codes], np.flatnonzero(used)
+
+
+def check_sizes(dataset, found):
+    if found != SIZES[dataset]:
+        note('{}: {:,} users, {:,} items, {:,} interactions after filtering; the table says '
+             '{:,}, {:,}, {:,}'.format(dataset, *found, *SIZES[dataset]), 'warning')
+
+
+def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_columns=None):
+    """A dataset, downloaded if missing, filtered.
+
+    dataset: beauty, toys, tools, office, ml-100k (in or into folder), or a folder of your own.
+    text_columns: names of the item file's columns to join to a text; None takes title, brand
+    and categories of the Amazon sets, every text column of other data.
+    Returns interactions (csr U x I, float32 ones), texts [I], titles [I], and the ids of
+    users [U] and items [I] as strings. ValueError or OSError, one line each.
+    """
+    if dataset not in FOLDERS and not os.path.isdir(dataset):
+        raise ValueError(f'{dataset}: neither a folder nor one of {listed(FOLDERS)}')
+    own = dataset not in FOLDERS
+    inter, item = own_files(dataset) if own else dataset_files(dataset, folder)
+    if dataset in ZIPS and text_columns is None:
+        text_columns = AMAZON_TEXT
+    users, items, user_ids, item_ids, n_rows = read_interactions(inter, min_rating)
+    ids, texts, titles = read_items(item, text_columns)
+    place = {name: n for n, name in enumerate(ids)}
+    items = np.array([place.get(name, -1) for name in item_ids])[items]
+    known = items >= 0
+    pairs = np.sort(users[known] * np.int64(len(texts)) + items[known])
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]     # np.unique, by hashing, is 50 times slower
+    kept = pairs[k_core(*np.divmod(pairs, len(texts)), core)]
+    told = (f'{n_rows:,} rows: {len(known):,} positive, {known.sum():,} of them with items of the '
+            f'item file, {len(pairs):,} distinct, {len(kept):,} in the {core}-core')
+    if not len(kept):
+        raise ValueError(f'{inter}: nothing left of {told}; lower --min-rating or --core')
+    users, old_users = renumber(kept // len(texts))
+    items, old_items = renumber(kept % len(texts))
+    interactions = sp.csr_matrix((np.ones(len(kept), np.float32), (users, items)))   # U x I
+    if own and len(kept) < n_rows:
+        note(f'{dataset}: {told}')
+    if not own and (min_rating, core) == (MIN_RATING, CORE):
+        check_sizes(dataset, (*interactions.shape, interactions.nnz))
+    texts = [texts[row] for row in old_items]
+    if blank := texts.count(''):
+        note(f'{blank} items without text')
+    return (interactions, texts, [titles[row] for row in old_items],
+            [user_ids[code] for code in old_users], [ids[row] for row in old_items])
+
+
+def split(interactions, rng):
+    """Leave-one-out in random order: train, valid, test, each csr U x I.
+
+    Of a user's interactions one drawn at random tests and another validates; a user with two
+    has no validation item, a user with one only trains. rng: numpy Generator.
+    """
+    start, count = interactions.indptr[:-1], np.diff(interactions.indptr)       # (U,)
+    test = rng.integers(0, np.maximum(count, 1))
+    valid = rng.integers(0, np.maximum(count - 1, 1))
+    valid += valid >= test                        # uniform over the others
+    part = np.zeros(interactions.nnz, np.int8)    # 0 train, 1 valid, 2 test
+    part[(start + test)[count >= 2]] = 2
+    part[(start + valid)[count >= 3]] = 1
+    users = np.repeat(np.arange(len(count)), count)
+    return [sp.csr_matrix((interactions.data[part == p], (users[part == p],
+                           interactions.indices[part == p])), shape=interactions.shape)
+            for p in range(3)]
