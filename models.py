@@ -1,13 +1,19 @@
-"""Collaborative filtering on the user-item graph: LightGCN, its training, its evaluation.
+"""Collaborative filtering on the user-item graph: models, training, evaluation.
 
-The backbone of the LLMInit paper (arXiv 2503.01814, section 2 of its ledger in README.md):
-LightGCN (arXiv 2002.02126) smooths one embedding table over the graph of interactions,
+The backbones of the LLMInit paper (arXiv 2503.01814). LightGCN (arXiv 2002.02126) smooths one
+embedding table E over the graph of interactions, and the others share its propagation:
 
     z = 1/(L+1) * sum_{l=0..L} A_hat^l E,    A_hat = D^-1/2 A D^-1/2,    score(u, i) = z_u . z_i
 
-Where the table E starts is the caller's business: users0 and items0 are plain arrays.
+    BPR       no graph, z = E                  matrix factorisation (arXiv 1205.2618)
+    LightGCN  BPR loss
+    SGL       BPR + InfoNCE of two views       self-supervised contrast (arXiv 2010.10783)
+    SGCL      supervised contrast, no negatives (section 2 [authors' code])
+    MoRec     z = W v of frozen text vectors v (arXiv 2303.13835, as the paper's Table 3 uses it)
 
-    adjacency -> LightGCN(graph, users0, items0) -> loss(users, positives, negatives)
+Where E starts is the caller's business: users0 and items0 are plain arrays.
+
+    adjacency -> Model(graph, users0, items0) -> loss(users, positives, negatives)
     sample_negatives, evaluate -> train                         what is done with a model
 
 Propagation is linear and A_hat symmetric: the backward pass is the same product and nothing is
@@ -15,10 +21,12 @@ kept for it. A batch needs z at its own rows only, so on a CPU the products run 
 field of the batch: the exact result from a fraction of the work.
 
 Not here: texts (embed.py), choosing dimensions (llminit.py), reading and splitting (data.py).
-Shapes: U users, I items, K dimensions, B batch, L layers, R rows asked for, P pairs.
+Shapes: U users, I items, K dimensions, N text dimensions, B batch, L layers, R rows asked for,
+P pairs.
 Needs numpy, scipy, torch. MIT licence, from LLMInit's reference implementation.
 """
 import time
+import warnings
 
 import numpy as np
 import scipy.sparse as sp
@@ -58,9 +66,9 @@ def receptive_field(graphs, rows):
         if layer:
             below = np.zeros(graph.shape[0], bool)
             below[rows] = below[block.indices] = True
-            place = np.cumsum(below, dtype=block.indices.dtype) - 1     # node -> its place below
+            position = np.cumsum(below, dtype=block.indices.dtype) - 1     # of a node, below
             needed = np.flatnonzero(below)
-            block = sp.csr_matrix((block.data, place[block.indices], block.indptr),
+            block = sp.csr_matrix((block.data, position[block.indices], block.indptr),
                                   (block.shape[0], len(needed)))
         field.append((torch.from_numpy(at), block))
     return field[::-1]
@@ -90,8 +98,9 @@ class Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, rows, field):
         ctx.rows, ctx.field, ctx.size = rows, field, len(table)
-        start = table.clone() if rows is None else table[rows]                          # (R, K)
-        total, x = start.clone(), table
+        x = table.detach()             # as a leaf it would make embedding_bag prepare a backward
+        start = x.clone() if rows is None else x[rows]                                  # (R, K)
+        total = start.clone()
         for at, block in field:
             x = spmm(block, x)                                                          # (M_l, K)
             total += x if at is None else x[at]
@@ -116,14 +125,47 @@ class Propagate(torch.autograd.Function):
         return grad.index_add_(0, ctx.rows, last), None, None
 
 
+def sparse_tensor(graph, layout):
+    """A csr graph as a sparse torch tensor, layout 'csr' or 'coo'."""
+    if layout == 'coo':
+        graph = graph.tocoo()
+        where = torch.from_numpy(np.stack([graph.row, graph.col]))
+        return torch.sparse_coo_tensor(where, graph.data, graph.shape, is_coalesced=True)
+    with warnings.catch_warnings():                        # torch calls its CSR layout a beta
+        warnings.simplefilter('ignore')
+        parts = map(torch.from_numpy, (graph.indptr, graph.indices, graph.data))
+        return torch.sparse_csr_tensor(*parts, graph.shape)
+
+
+def on_device(graph, device):
+    """A csr graph as the device multiplies it: itself on the CPU; MPS has no CSR products."""
+    if device == 'cpu':
+        return graph
+    return sparse_tensor(graph, 'coo' if device == 'mps' else 'csr').to(device)
+
+
 def dot(a, b):
     """Row-wise dot products: (B, K), (B, K) -> (B,)."""
     return (a * b).sum(1)
 
 
+def unit(x):
+    """Rows of length 1: (B, K) -> (B, K). A zero row stays zero."""
+    return x / dot(x, x).clamp_min(1e-24).sqrt()[:, None]
+
+
 def bpr(positive, negative):
     """Bayesian personalised ranking of each pair, -log sigmoid(positive - negative): (B,)."""
     return F.softplus(negative - positive)
+
+
+def info_nce(queries, keys, own, tau):
+    """-sum_b log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ): (B, K), (M, K) -> scalar.
+
+    Cosines; SGL eq. (10), summed over the batch; all keys compete, the positive among them.
+    """
+    logits = unit(queries) @ unit(keys).T / tau                                         # (B, M)
+    return logits.logsumexp(1).sum() - logits.gather(1, own[:, None]).sum()
 
 
 class LightGCN(torch.nn.Module):
@@ -132,38 +174,150 @@ class LightGCN(torch.nn.Module):
 
     reg = 1e-5                                             # [authors' code]
 
-    def __init__(self, graph, users0, items0, n_layers=2):             # L = 2 [authors' code]
+    def __init__(self, graph, users0, items0, n_layers=2, device='cpu'):   # L = 2 [authors' code]
         super().__init__()
         start = np.concatenate([users0, items0]).astype(np.float32)    # one table: one gradient
-        self.n_users, self.graphs = len(users0), [graph] * n_layers
-        self.table = torch.nn.Parameter(torch.from_numpy(start))                        # (U+I, K)
+        self.n_users, self.graphs = len(users0), [on_device(graph, device)] * n_layers
+        self.table = torch.nn.Parameter(torch.from_numpy(start).to(device))             # (U+I, K)
 
-    def at(self, nodes):
-        """z and E of nodes (n,), users first, repeats allowed -> (n, K), (n, K)."""
-        rows, place = np.unique(nodes.numpy(), return_inverse=True)                     # (R,), (n,)
-        z, start = Propagate.apply(self.table, torch.from_numpy(rows),
-                                   receptive_field(self.graphs, rows))                  # (R, K)
-        place = torch.from_numpy(place)
-        return z[place], start[place]
+    def new_epoch(self, rng):
+        """What is drawn anew for each epoch: nothing here."""
+
+    def everywhere(self, graphs):
+        """z and E of all nodes -> (U+I, K), (U+I, K)."""
+        return Propagate.apply(self.table, None, [(None, graph) for graph in graphs])
+
+    def at(self, nodes, graphs):
+        """z and E of nodes (n,), users first, repeats allowed -> (n, K), (n, K).
+
+        Off the CPU all nodes are computed: static shapes are worth more there than less work.
+        """
+        if self.table.is_cpu and not any(isinstance(graph, torch.Tensor) for graph in graphs):
+            rows = torch.unique_consecutive(nodes.sort().values)                        # (R,)
+            field = receptive_field(graphs, rows.numpy())
+            z, start = Propagate.apply(self.table, rows, field)                         # (R, K)
+            nodes = torch.searchsorted(rows, nodes)
+        else:
+            z, start = self.everywhere(graphs)
+        return z[nodes], start[nodes]
 
     @torch.no_grad()
     def embeddings(self):
         """z of all -> users (U, K), items (I, K)."""
-        z, _ = Propagate.apply(self.table, None, [(None, graph) for graph in self.graphs])
+        z, _ = self.everywhere(self.graphs)
         return z[:self.n_users], z[self.n_users:]
 
-    def loss(self, users, positives, negatives):
-        """BPR, mean over the batch, + reg/B * (|E_u| + |E_i| + |E_j|) -> scalar.
+    def ranking(self, users, positives, negatives):
+        """BPR of each pair (B,), and reg/B * (|E_u| + |E_i| + |E_j|).
 
         The norms are Frobenius norms over the batch's rows of E, not squared [authors' code].
         """
-        z, start = self.at(torch.cat([users, positives + self.n_users, negatives + self.n_users]))
+        nodes = torch.cat([users, positives + self.n_users, negatives + self.n_users])
+        z, start = self.at(nodes, self.graphs)
         zu, zi, zj = z.chunk(3)                                                         # (B, K)
-        norms = sum(part.norm() for part in start.chunk(3))
-        return bpr(dot(zu, zi), dot(zu, zj)).mean() + self.reg / len(users) * norms
+        norms = sum(dot(part, part).sum().sqrt() for part in start.chunk(3))
+        return bpr(dot(zu, zi), dot(zu, zj)), self.reg / len(users) * norms
+
+    def loss(self, users, positives, negatives):
+        """BPR, mean over the batch, and the regulariser -> scalar."""
+        pairs, penalty = self.ranking(users, positives, negatives)
+        return pairs.mean() + penalty
 
 
-MODELS = {'lightgcn': LightGCN}
+class BPR(LightGCN):
+    """Matrix factorisation: LightGCN without layers."""
+
+    def __init__(self, graph, users0, items0, n_layers=0, device='cpu'):
+        super().__init__(graph, users0, items0, 0, device)
+
+
+class SGL(LightGCN):
+    """LightGCN with self-supervised contrast of two views of the graph, drawn anew every epoch.
+
+    views: 'edge' drops a share of the edges, 'node' of the users and of the items with all their
+    edges, 'walk' of the edges for each layer anew. A view is normalised by its own degrees.
+    """
+
+    drop, tau, weight = .1, .2, .05                        # [authors' code]
+
+    def __init__(self, graph, users0, items0, n_layers=2, device='cpu', views='edge'):
+        super().__init__(graph, users0, items0, n_layers, device)
+        self.observed, self.kind, self.device = graph[:len(users0), len(users0):], views, device
+
+    def view(self, rng):
+        """A_hat (U+I, U+I) of the interactions that a draw leaves."""
+        observed = self.observed
+        rows, columns = observed.nonzero()
+        if self.kind == 'node':
+            kept = np.ones(len(rows), bool)
+            for nodes, count in zip((rows, columns), observed.shape):
+                kept &= ~np.isin(nodes, rng.permutation(count)[:int(count * self.drop)])
+        else:
+            kept = rng.permutation(len(rows)) < int(len(rows) * (1 - self.drop))
+        indptr = np.append(0, np.cumsum(kept))[observed.indptr].astype(np.int32)
+        left = np.ones(indptr[-1], np.float32), columns[kept], indptr
+        return on_device(adjacency(sp.csr_matrix(left, observed.shape)), self.device)
+
+    def new_epoch(self, rng):
+        layers = len(self.graphs)
+        self.views = [[self.view(rng) for _ in range(layers)] if self.kind == 'walk' else
+                      [self.view(rng)] * layers for _ in range(2)]
+
+    def loss(self, users, positives, negatives):
+        """BPR and InfoNCE, both summed over the batch -> scalar.
+
+        The positive of a node is itself in the other view; ALL users (items) of that view compete.
+        """
+        pairs, penalty = self.ranking(users, positives, negatives)
+        first, _ = self.at(torch.cat([users, positives + self.n_users]), self.views[0])
+        users1, items1 = first.chunk(2)                                                 # (B, K)
+        second, _ = self.everywhere(self.views[1])                                      # (U+I, K)
+        users2, items2 = second[:self.n_users], second[self.n_users:]
+        contrast = (info_nce(users1, users2, users, self.tau)
+                    + info_nce(items1, items2, positives, self.tau))
+        return pairs.sum() + penalty + self.weight * contrast
+
+
+class SGCL(LightGCN):
+    """LightGCN propagation under one supervised contrastive loss; no negatives, no regulariser."""
+
+    tau = .2                                               # [authors' code]
+
+    def loss(self, users, positives, negatives=None):
+        """- sum_b log( exp(u_b.i_b/tau) / (sum_b' exp(u_b.u_b'/tau) + sum_b' exp(i_b.i_b'/tau)) ).
+
+        Cosines, summed over the batch; the terms of b with itself stay in [authors' code].
+        """
+        z, _ = self.at(torch.cat([users, positives + self.n_users]), self.graphs)
+        u, i = unit(z).chunk(2)                                                         # (B, K)
+        logits = torch.cat([u @ u.T, i @ i.T], 1) / self.tau                            # (B, 2B)
+        return logits.logsumexp(1).sum() - dot(u, i).sum() / self.tau
+
+
+class MoRec(LightGCN):
+    """Frozen text vectors behind one trainable projection: users0 (U, N), items0 (I, N) -> K.
+
+    A user is the mean of the history's vectors, so the projection of users0 is the mean of the
+    projected items. Trained with BPR. The projection starts Xavier-uniform.
+    """
+
+    def __init__(self, graph, users0, items0, n_layers=0, device='cpu', dim=128, rng=None):
+        super().__init__(graph, users0, items0, 0, device)
+        self.table.requires_grad_(False)                                                # (U+I, N)
+        N = users0.shape[1]
+        draw = (rng or np.random.default_rng(0)).uniform(-1, 1, (N, dim)) * (6 / (N + dim)) ** .5
+        self.projection = torch.nn.Parameter(torch.from_numpy(draw.astype(np.float32)).to(device))
+
+    def everywhere(self, graphs):
+        z = self.table @ self.projection                                                # (U+I, K)
+        return z, z
+
+    def at(self, nodes, graphs):
+        z = self.table[nodes] @ self.projection                                         # (n, K)
+        return z, z
+
+
+MODELS = {'lightgcn': LightGCN, 'sgl': SGL, 'sgcl': SGCL, 'morec': MoRec, 'bpr': BPR}
 
 
 def target_ranks(users, items, target, seen=None):
@@ -234,43 +388,94 @@ def pick_device(name='auto'):
     return next(d for d in there if there[d]) if name == 'auto' else name
 
 
-def train_epoch(model, optimizer, observed, batch, rng):
-    """All training pairs once, in random order, each with one negative -> the mean loss."""
+def captured(step, part):
+    """step(part) recorded as one CUDA graph: every later call is a copy and a single launch.
+
+    The step's tensors must keep their shapes and addresses; a recording does not run the step.
+    """
+    static, graph = part.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(static)
+
+    def replay(part):
+        static.copy_(part)
+        graph.replay()
+        return loss
+    return replay
+
+
+def train_epoch(model, step, observed, batch, rng):
+    """All training pairs once, in random order, each with one negative -> the mean loss.
+
+    step: (3, B) int64 of users, positives, negatives -> the loss, after one update. On CUDA the
+    first three steps run as they are, on a stream of their own as recording wants it; then the
+    step is recorded and replayed, but for the last batch, which has another shape.
+    """
+    model.new_epoch(rng)
     users, positives = (a.astype(np.int64) for a in observed.nonzero())
     can = np.diff(observed.indptr)[users] < observed.shape[1]          # is there any negative?
     order = rng.permutation(np.flatnonzero(can))
     users, positives = users[order], positives[order]
     triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, E)
-    total = 0.
-    for part in torch.from_numpy(triples).split(batch, dim=1):                          # (3, B)
-        loss = model.loss(*part)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    device, run, total = model.table.device, step, 0.
+    stream = torch.cuda.Stream() if device.type == 'cuda' else None
+    for n, part in enumerate(torch.from_numpy(triples).to(device).split(batch, dim=1)):  # (3, B)
+        whole = part.shape[1] == batch
+        if stream and n == 3 and whole:
+            torch.cuda.current_stream().wait_stream(stream)
+            run = captured(step, part)
+        if stream and n < 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss = step(part)
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            loss = run(part) if whole else step(part)
         total += loss.detach() * part.shape[1]
     return float(total) / max(len(order), 1)
 
 
+def optimiser(model, lr, anchor):
+    """-> step((3, B)) -> loss: gradient, Adam, and, for anchor > 0, the pull towards the start.
+
+    The pull is E <- E + lr * anchor * (E0 - E) after each step, a prior centred on the text [ours].
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(weights, lr=lr, fused=True, capturable=weights[0].is_cuda)
+    starts = [p.detach().clone() for p in weights] if anchor else []
+
+    def step(part):
+        adam.zero_grad()
+        loss = model.loss(*part)
+        loss.backward()
+        adam.step()
+        for weight, start in zip(weights, starts):
+            weight.data.lerp_(start, lr * anchor)
+        return loss.detach()
+    return step
+
+
 def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300, batch=256,
-          lr=1e-3, patience=10, log=print):
+          lr=1e-3, patience=10, anchor=0., device='cpu', log=print, **settings):
     """Train a model -> users (U, K), items (I, K) of its best epoch by validation NDCG@10, curve.
 
     name: key of MODELS; observed, valid: csr (U, I); users0 (U, K), items0 (I, K): the start; rng:
-    numpy Generator. seen='mask' ranks training items out of the validation, 'keep' leaves them
-    in [authors' code]. epochs 300, batch 256, Adam lr 1e-3, patience 10 [authors' code]. curve: a
-    dict for each epoch. Without validation pairs the last epoch counts. ValueError if it diverges.
+    numpy Generator; settings: of the model. seen='mask' ranks no training items in validation,
+    'keep' leaves them in [authors' code]. epochs 300, batch 256, Adam lr 1e-3, patience 10
+    [authors' code]; anchor: see optimiser(). curve: a dict for each epoch. Without validation
+    pairs the last epoch counts. ValueError if training diverges.
     """
-    model = MODELS[name](adjacency(observed), users0, items0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    model = MODELS[name](adjacency(observed), users0, items0, device=device, **settings)
+    step, hidden = optimiser(model, lr, anchor), observed if seen == 'mask' else None
     best, best_epoch, curve = -1., 0, []
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        loss = train_epoch(model, optimizer, observed, batch, rng)
+        loss = train_epoch(model, step, observed, batch, rng)
         if not np.isfinite(loss):
             raise ValueError(f'training diverged in epoch {epoch}: the loss is {loss}')
         users, items = model.embeddings()
-        recall, ndcg = (np.mean(x) if valid.nnz else np.nan for x in
-                        evaluate(users, items, valid, observed if seen == 'mask' else None))
+        recall, ndcg = (np.mean(x) if valid.nnz else np.nan
+                        for x in evaluate(users, items, valid, hidden))
         if not ndcg <= best:
             best, best_epoch, kept = ndcg, epoch, (users, items)
         seconds = time.perf_counter() - start

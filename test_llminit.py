@@ -1,15 +1,26 @@
-"""Tests of llminit: python -m pytest. No network but loopback; what needs real data or weights skips where they
-are absent, and says so."""
+"""Tests of llminit: python -m pytest. No network but loopback; what needs real data or weights
+skips where they are absent, and says so."""
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given, settings, strategies as st
+from scipy.special import erf
 
 import data
 import embed
@@ -17,6 +28,8 @@ import llminit
 import models
 
 HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / 'shared' / 'data'
+
 
 # ---- llminit.py: selection and pooling -------------------------------------------------------
 
@@ -27,7 +40,8 @@ def test_uni_takes_every_floor_n_over_k():
 
 def test_rand_draws_distinct_dimensions_and_is_its_seeds():
     vectors = np.tile(np.arange(50, dtype=np.float32), (2, 1))
-    kept = [llminit.select_dims(vectors, 40, 'rand', np.random.default_rng(s))[0] for s in (1, 1, 2)]
+    kept = [llminit.select_dims(vectors, 40, 'rand', np.random.default_rng(seed))[0]
+            for seed in (1, 1, 2)]
     assert len(set(kept[0])) == 40 and (kept[0] == kept[1]).all() and (kept[0] != kept[2]).any()
 
 
@@ -97,7 +111,7 @@ def test_propagation_and_its_gradient_are_the_dense_formula(n_layers):
     E = model.table.detach().double().numpy()
     np.testing.assert_allclose(np.concatenate(model.embeddings()), P @ E, atol=1e-6)
     nodes = torch.tensor([3, 45, 3, 29, 49, 0])                        # repeats, isolated ones
-    z, start = model.at(nodes)
+    z, start = model.at(nodes, model.graphs)
     np.testing.assert_allclose(z.detach(), (P @ E)[nodes], atol=1e-6)
     np.testing.assert_allclose(start.detach(), E[nodes], atol=0)
     weight = torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(0))
@@ -138,12 +152,13 @@ def slow_evaluate(users, items, target, seen, k=10):
         wanted, out = target[u].indices, seen[u].indices if seen is not None else []
         scores, gains = items @ users[u], 0
         for i in wanted:
-            rank = sum(not scores[j] < scores[i] for j in range(len(items)) if j not in out and j != i)
+            rank = sum(not scores[j] < scores[i] for j in range(len(items))
+                       if j not in out and j != i)
             gains += rank < k and 1 / np.log2(2 + rank)
             recall.append((u, rank < k))
         ndcg.append(gains / sum(1 / np.log2(2 + r) for r in range(min(k, len(wanted)))))
-    recall = [np.mean([hit for v, hit in recall if v == u]) for u in dict.fromkeys(u for u, _ in recall)]
-    return np.array(recall), np.array(ndcg)
+    users = dict.fromkeys(u for u, _ in recall)
+    return np.array([np.mean([hit for v, hit in recall if v == u]) for u in users]), np.array(ndcg)
 
 
 @pytest.mark.parametrize('masked', [True, False])
@@ -243,7 +258,7 @@ def write_planted(folder, extra_item_columns=''):
 
 def test_the_command_prints_the_same_row_twice(tmp_path, capsys):
     own = write_planted(tmp_path / 'own')
-    options = ['--dataset', own, '--encoder', 'tfidf', '--dim', 16, '--epochs', 3, '--cache', tmp_path]
+    options = ['--dataset', own, '--encoder', 'tfidf', '--dim', 16, '--epochs', 3]
     command = [sys.executable, HERE / 'llminit.py', *options]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ''
@@ -288,8 +303,1039 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
 @pytest.mark.parametrize('file', ['data.py', 'embed.py', 'llminit.py', 'models.py'])
 def test_each_file_imports_alone_in_an_empty_folder_and_does_nothing(tmp_path, file):
     shutil.copy(HERE / file, tmp_path)
-    code = f'import {file[:-3]}'
-    done = subprocess.run([sys.executable, '-B', '-I', '-c', f'import sys; sys.path.insert(0, "."); {code}', '--x'],
-                          cwd=tmp_path, capture_output=True, text=True)
+    code = f'import sys; sys.path.insert(0, "."); import {file[:-3]}'
+    done = subprocess.run([sys.executable, '-B', '-I', '-c', code, '--no-such-flag'], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
     assert [p.name for p in tmp_path.iterdir()] == [file]
+
+
+def softmax_loss(logits, own):
+    """- sum_b log( exp(logits[b, own]) / sum_m exp(logits[b, m]) ) by the formula, float64."""
+    return -sum(np.log(np.exp(row[o]) / np.exp(row).sum()) for row, o in zip(logits, own))
+
+
+def unit_rows(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+TRIPLES = [(0, 3, 7), (4, 4, 4), (0, 3, 9), (28, 0, 18), (7, 7, 1)]
+
+
+def naive_loss(model, P, triples=TRIPLES):
+    """The loss of section 2, term by term in float64; P: (U+I, U+I) of the graph and the views."""
+    E, (u, i, j), n = model.table.detach().double().numpy(), np.array(triples).T, model.n_users
+    z = P[0] @ E
+    pairs = [np.log(1 + np.exp(z[a] @ z[n + c] - z[a] @ z[n + b])) for a, b, c in triples]
+    norms = sum(np.linalg.norm(E[rows]) for rows in (u, n + i, n + j))
+    penalty = 1e-5 * norms / len(triples)
+    if isinstance(model, models.SGL):
+        one, two = P[1] @ E, P[2] @ E
+        users = softmax_loss(unit_rows(one[u]) @ unit_rows(two[:n]).T / .2, u)
+        items = softmax_loss(unit_rows(one[n + i]) @ unit_rows(two[n:]).T / .2, i)
+        return sum(pairs) + penalty + .05 * (users + items)
+    if isinstance(model, models.SGCL):
+        a, b = unit_rows(z[u]), unit_rows(z[n + i])
+        below = np.exp(a @ a.T / .2).sum(1) + np.exp(b @ b.T / .2).sum(1)
+        return -np.log(np.exp((a * b).sum(1) / .2) / below).sum()
+    return np.mean(pairs) + penalty
+
+
+def dense_views(model):
+    """P of the graph and of both views, from the graphs that the model holds, layer by layer."""
+    out = []
+    for graphs in (model.graphs, *getattr(model, 'views', ())):
+        layers = [np.eye(len(model.table))]
+        for graph in graphs:
+            layers.append(graph.toarray().astype(np.float64) @ layers[-1])
+        out.append(sum(layers) / len(layers))
+    return out
+
+
+def with_settings(observed, name, **settings):
+    rng = np.random.default_rng(3)
+    tables = [rng.standard_normal((n, 5)).astype(np.float32) for n in observed.shape]
+    model = models.MODELS[name](models.adjacency(observed), *tables, **settings)
+    model.new_epoch(rng)
+    return model
+
+
+@pytest.mark.parametrize('name, settings', [
+    ('lightgcn', {}), ('bpr', {}), ('sgcl', {}), ('sgl', {}), ('sgl', {'views': 'node'}),
+    ('sgl', {'views': 'walk'}), ('sgl', {'views': 'walk', 'n_layers': 3})])
+def test_each_loss_is_the_naive_formula_and_its_gradient_the_difference(name, settings):
+    model = with_settings(random_graph(density=.3), name, **settings)
+    P, triples = dense_views(model), torch.tensor(TRIPLES).T
+    loss = model.loss(*triples)
+    np.testing.assert_allclose(loss.item(), naive_loss(model, P), rtol=1e-5)
+    loss.backward()
+    rng, table = np.random.default_rng(0), model.table
+    for _ in range(3):                                                 # along random directions
+        step = torch.from_numpy(rng.standard_normal(table.shape).astype(np.float32))
+        slope, eps = float((table.grad * step).sum()), 2 ** -10
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                table += sign * eps * step
+                ends.append(naive_loss(model, P))
+                table -= sign * eps * step
+        np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * eps), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('layout', ['csr', 'coo'])
+def test_off_the_cpu_the_graph_is_a_sparse_tensor_and_the_result_the_same(layout):
+    observed, triples = random_graph(density=.3), torch.tensor(TRIPLES).T
+    here, there = with_settings(observed, 'sgl'), with_settings(observed, 'sgl')
+    sparse = [[models.sparse_tensor(graph, layout) for graph in graphs]
+              for graphs in (there.graphs, *there.views)]
+    there.graphs, there.views = sparse[0], sparse[1:]
+    for model in (here, there):
+        model.loss(*triples).backward()
+    np.testing.assert_allclose(here.table.grad, there.table.grad, atol=1e-6)
+    np.testing.assert_allclose(here.embeddings()[1], there.embeddings()[1], atol=1e-6)
+
+
+@pytest.mark.parametrize('views', ['edge', 'node', 'walk'])
+def test_views_drop_what_they_say_and_are_drawn_anew(views):
+    observed = random_graph(200, 150, .1)
+    tables = np.ones((200, 2)), np.ones((150, 2))
+    model = models.SGL(models.adjacency(observed), *tables, views=views)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(2):
+        model.new_epoch(rng)
+        drawn += [graph for graphs in model.views for graph in graphs]
+    for graph in drawn:
+        kept = (graph[:200, 200:] != 0).astype(np.float32)
+        assert not (kept > observed).nnz
+        np.testing.assert_allclose((graph - models.adjacency(kept.tocsr())).data, 0, atol=1e-7)
+        if views == 'node':
+            lost = [(np.diff(side.indptr) == 0) for side in (kept.tocsr(), kept.tocsc())]
+            lost = [l[np.diff(side.indptr) > 0].sum() for l, side in
+                    zip(lost, (observed, observed.tocsc()))]
+            assert lost[0] in range(19, 23) and lost[1] in range(14, 19)
+        else:
+            assert kept.nnz == int(observed.nnz * .9)
+    distinct = {graph.data.tobytes() + graph.indices.tobytes() for graph in drawn}
+    assert len(distinct) == (8 if views == 'walk' else 4)
+
+
+def test_morec_is_a_projection_of_frozen_text():
+    rng, observed = np.random.default_rng(0), planted()
+    items0 = rng.standard_normal((60, 30)).astype(np.float32)
+    users0 = llminit.pool_users(observed, items0)
+    model = models.MoRec(models.adjacency(observed), users0, items0, dim=7, rng=rng)
+    users, items = model.embeddings()
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert users.shape == (120, 7) and trained == [30 * 7]
+    np.testing.assert_allclose(users, llminit.pool_users(observed, items.numpy()), atol=1e-5)
+
+
+def test_pca_is_the_svd_and_whitening_evens_it():
+    rng = np.random.default_rng(0)
+    vectors = (rng.standard_normal((80, 12)) * 1.3 ** np.arange(12) + 2).astype(np.float32)
+    U, S, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    for whiten in (0, .5, 1):
+        found = llminit.select_dims(vectors, 5, 'pca', whiten=whiten)
+        expected = U[:, :5] * S[:5] ** (1 - whiten)
+        expected *= np.linalg.norm(S[:5]) / np.linalg.norm(S[:5] ** (1 - whiten))
+        np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
+    assert np.ptp(llminit.select_dims(vectors, 5, 'pca', whiten=1).std(0)) < 1e-5
+    with pytest.raises(ValueError, match='fewer than 5'):
+        llminit.select_dims(vectors[:4], 5, 'pca')
+
+
+def test_the_other_strategies_are_what_they_say():
+    rng = np.random.default_rng(0)
+    vectors = (rng.standard_normal((900, 300)) + 1).astype(np.float32)
+
+    def pick(name, **more):
+        return llminit.select_dims(vectors, 100, name, np.random.default_rng(1), **more)
+    assert (pick('prefix') == vectors[:, :100]).all() and (pick('full') == vectors).all()
+    assert pick('noise').shape == (900, 100)
+    assert abs(np.square(pick('noise')).mean() - np.square(vectors).mean()) < .05
+    lengths = np.square(pick('proj')).sum(1) / np.square(vectors).sum(1)
+    assert abs(lengths.mean() - 100 / 300) < .03                       # as K of N dimensions have
+    tastes = np.repeat(rng.standard_normal((9, 300)), 100, axis=0)
+    vectors = (tastes + rng.standard_normal((900, 300)) / 2).astype(np.float32)
+    near = np.corrcoef((pick('proj') @ pick('proj').T).ravel(), (vectors @ vectors.T).ravel())[0, 1]
+    assert near > .8                                                   # it keeps who is near whom
+    degree = np.arange(900) % 7
+    vectors[degree == 6, 5] *= 50                                      # wide for popular items only
+    vectors[degree == 0, 6] *= 80
+    kept = pick('var', popular=.1, degree=degree)
+    assert (kept == vectors[:, [5]]).all(0).any() and not (kept == vectors[:, [6]]).all(0).any()
+
+
+def test_the_anchor_pulls_towards_the_start():
+    train, valid, _ = data.split(planted(), np.random.default_rng(0))
+    moved = []
+    for anchor in (0, 50):
+        rng = np.random.default_rng(1)
+        start = [llminit.xavier(rng, n, 16) for n in train.shape]
+        users, _, _ = models.train('bpr', train, valid, *start, rng, anchor=anchor, epochs=3,
+                                   lr=.01, log=lambda line: None)
+        moved.append(np.linalg.norm(users.numpy() - start[0]))
+    assert moved[1] < .7 * moved[0]
+
+
+@pytest.mark.parametrize('model', llminit.MODELS)
+@pytest.mark.parametrize('strategy', llminit.STRATEGIES)
+def test_each_model_runs_with_each_strategy(tmp_path, capsys, model, strategy):
+    own = write_planted(tmp_path / 'own')
+    options = ['--dataset', own, '--encoder', 'tfidf', '--dim', 16, '--epochs', 4, '--model', model,
+               '--strategy', strategy, '--batch', 128, '--lr', .01]
+    assert llminit.command(list(map(str, options))) == 0
+    cells = capsys.readouterr().out.splitlines()[-1].split(' | ')
+    shown = 'full' if model == 'morec' and strategy != 'none' else strategy
+    assert cells[1:3] == [model, shown]
+    if strategy in ('var', 'pca', 'proj', 'full'):                     # which cannot miss the text
+        assert float(cells[4]) > .3                                    # chance: about .1
+
+
+# ---- data.py ---------------------------------------------------------------------------------
+
+INTER = 'user_id:token\titem_id:token\trating:float\ttimestamp:float\n'
+ITEM = 'item_id:token\ttitle:token_seq\tbrand:token_seq\n'
+pairs = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=120, unique=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(name=text or bytes, ...) writes files ('__' stands for '.'), returns their folder."""
+    def write(**files):
+        own = tmp_path / 'own'
+        own.mkdir(exist_ok=True)
+        for name, text in files.items():
+            text = text.encode() if isinstance(text, str) else text
+            (own / name.replace('__', '.')).write_bytes(text)
+        return str(own)
+    return write
+
+
+def edges(loaded):
+    """{(user id, item id)} of what load returned."""
+    matrix, _, _, users, items = loaded
+    assert matrix.has_sorted_indices and matrix.dtype == np.float32 and (matrix.data == 1).all()
+    return {(users[u], items[i]) for u, i in zip(*matrix.nonzero())}
+
+
+def fails(message, dataset, *args, **kwargs):
+    with pytest.raises((ValueError, OSError)) as caught:
+        data.load(dataset, *args, **kwargs)
+    text = str(caught.value)
+    assert message in text, text
+    assert '\n' not in text and '\r' not in text
+    return text
+
+
+# -- k-core and split --------------------------------------------------------------------------
+
+def naive_core(edges, core):
+    while True:
+        users, items = [u for u, _ in edges], [i for _, i in edges]
+        kept = [(u, i) for u, i in edges if users.count(u) >= core and items.count(i) >= core]
+        if kept == edges:
+            return kept
+        edges = kept
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs, st.integers(0, 5))
+def test_k_core_agrees_with_a_naive_loop(edges, core):
+    users, items = (np.array([edge[side] for edge in edges], int) for side in (0, 1))
+    kept = data.k_core(users, items, core)
+    assert [edges[k] for k in kept] == naive_core(edges, core)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs, st.integers(0, 2**32))
+def test_split_leaves_one_out(edges, seed):
+    matrix = sp.csr_matrix((np.ones(len(edges), np.float32),
+                            ([u for u, _ in edges], [i for _, i in edges])), shape=(13, 10))
+    train, valid, test = data.split(matrix, np.random.default_rng(seed))
+    count = np.diff(matrix.indptr)
+    assert ((train + valid + test) != matrix).nnz == 0         # disjoint, and nothing lost
+    assert train.shape == valid.shape == test.shape == matrix.shape
+    assert (np.diff(test.indptr) == (count >= 2)).all()
+    assert (np.diff(valid.indptr) == (count >= 3)).all()
+    again = data.split(matrix, np.random.default_rng(seed))
+    assert all((a != b).nnz == 0 for a, b in zip((train, valid, test), again))
+
+
+def test_split_is_uniform_over_a_users_items():
+    matrix = sp.csr_matrix(np.ones((20000, 4), np.float32))
+    train, valid, test = data.split(matrix, np.random.default_rng(0))
+    chosen = np.zeros((4, 4))
+    np.add.at(chosen, (test.indices, valid.indices), 1)
+    assert (chosen.diagonal() == 0).all()
+    assert abs(chosen[~np.eye(4, dtype=bool)] - 20000 / 12).max() < 200    # 5 sigma
+
+
+# -- filters, order ----------------------------------------------------------------------------
+
+def test_filters_on_a_hand_made_example(folder, capsys):
+    """Written out: d is unknown, (u2, b, 3) is low, (u1, a) stands twice, u4 has one item left.
+    In the 2-core stay u3 {b, a}, u1 {a, b}; c falls with u4."""
+    own = folder(x__inter=INTER + 'u3\tb\t5\t1\nu1\ta\t4\t1\nu1\ta\t5\t2\nu1\tb\t4\t3\nu3\ta\t4\t1\n'
+                 'u2\ta\t5\t1\nu2\tb\t3\t1\nu4\tc\t5\t1\nu4\td\t5\t1\n',
+                 x__item=ITEM + 'c\tSea\tC\na\tApple "A"\tAcme\nz\tNever\tZ\nb\tBall\t\n')
+    loaded = data.load(own, core=2)
+    matrix, texts, titles, users, items = loaded
+    assert users == ['u3', 'u1']                       # first appearance
+    assert items == ['a', 'b']                         # order of the item file
+    assert matrix.toarray().tolist() == [[1, 1], [1, 1]]
+    assert texts == ['Apple "A" Acme', 'Ball'] and titles == ['Apple "A"', 'Ball']
+    said = capsys.readouterr()
+    assert said.out == '' and said.err == (
+        f'note: {own}: 9 rows: 8 positive, 7 of them with items of the item file, 6 distinct, '
+        '4 in the 2-core\n')
+    assert data.load(own, core=1)[4] == ['c', 'a', 'b']
+    assert edges(data.load(own, core=1, min_rating=5)) == {('u3', 'b'), ('u1', 'a'), ('u2', 'a'),
+                                                           ('u4', 'c')}
+
+
+def test_ids_stay_strings(folder):
+    own = folder(i__csv='user_id,item_id\n007,1\n7,1\n7,01\n', items__csv='item_id,t\n1,a\n01,b\n')
+    assert edges(data.load(own, core=1)) == {('007', '1'), ('7', '1'), ('7', '01')}
+
+
+def test_ratings_missing_comma_and_broken(folder, capsys):
+    own = folder(i__csv='user_id;item_id;rating\na;1;4,5\nb;1;\nc;1;NaN\nd;1;good\ne;1;3\n;1;5\n',
+                 items__csv='item_id;t\n1;x\n')
+    assert edges(data.load(own, core=1)) == {('a', '1'), ('b', '1'), ('c', '1')}
+    said = capsys.readouterr().err
+    assert '2 rows without a rating count as positive' in said and '2 rows dropped: no id' in said
+
+
+def test_items_without_text_and_repeated_items(folder, capsys):
+    own = folder(i__csv='user_id,item_id\na,1\na,2\n',
+                 items__csv='item_id,t,u\n2,,\n1,one,\n1,two,\n')
+    assert data.load(own, core=1)[1] == ['', 'one']
+    said = capsys.readouterr().err
+    assert 'note: 1 items without text' in said and '1 rows repeat an item_id' in said
+
+
+def test_text_columns(folder):
+    own = folder(i__csv='user_id,item_id\na,1\n', items__csv='item_id,price,info,name,year:token\n'
+                 '1,9.5,big  and\tred,Ball,1999\n')
+    _, texts, titles, _, _ = data.load(own, core=1)
+    assert texts == ['big and red Ball 1999'] and titles == ['Ball']     # price: numbers only
+    assert data.load(own, core=1, text_columns=['name', 'price'])[1] == ['Ball 9.5']
+    fails('no column colour; found item_id, price', own, core=1, text_columns=['name', 'colour'])
+
+
+# -- the reader --------------------------------------------------------------------------------
+
+ROWS = [('u 1', 'é', '5'), ('u2', '二', '4'), ('u2', 'é', '1')]
+
+
+@pytest.mark.parametrize('delimiter', ['\t', ',', ';', '|'])
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_delimiters_line_ends_marks_and_gz(folder, delimiter, end, encoding, packed):
+    def file(*rows):
+        text = end.join([delimiter.join(row) for row in rows] + ['']).encode(encoding)
+        return gzip.compress(text) if packed else text
+    own = folder(**{'x__csv' + '__gz' * packed: file(('userId', 'ITEM_ID', 'rating'), *ROWS),
+                    'y__tsv' + '__gz' * packed: file(('item id', 'title'), ('é', 'é"s'), ('二', '三'))})
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('u 1', 'é'), ('u2', '二')}
+    assert loaded[1] == ['é"s', '三']
+
+
+def test_quotes_are_known_to_csv_only(folder):
+    own = folder(x__csv='"user_id","item_id"\n"a,b","1"\n', y__csv='item_id, title\n1, "a ""b"",\nc"\n')
+    loaded = data.load(own, core=1)
+    assert loaded[1] == ['a "b", c'] and loaded[3] == ['a,b']
+    own = folder(x__csv='user_id\titem_id\n"a\t1\n', y__csv='item_id\ttitle\n1\t"a ""b\n')
+    loaded = data.load(own, core=1)
+    assert loaded[1] == ['"a ""b'] and loaded[3] == ['"a']
+
+
+def test_ragged_rows_and_bad_bytes_are_counted(folder, capsys):
+    own = folder(x__inter=INTER.encode() + b'a\t1\t5\t0\n\nb\t1\nc\t1\t5\t0\t0\nd\xff\t1\t5\t0',
+                 x__item=ITEM + '1\ta\x00b\tc\n')
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('a', '1'), ('d\ufffd', '1')}
+    said = capsys.readouterr().err
+    assert '2 rows dropped' in said and '1 ids or texts hold bytes that are not UTF-8' in said
+
+
+cell = st.text(st.characters(blacklist_categories=['Cs'], blacklist_characters='\0'), max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(cell, cell), min_size=1, max_size=8), st.sampled_from(',;'))
+def test_csv_reads_back_what_csv_writes(tmp_path_factory, rows, delimiter):
+    import csv
+    path = tmp_path_factory.getbasetemp() / 'round.csv'
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([('a', 'b'), *rows])
+    assert list(data.read_rows(path)) == [['a', 'b'], *map(list, rows)]
+
+
+good_lines = st.sampled_from([b'user_id,item_id,rating\n', b'item_id\ttitle\n', b'a,b,5\n', b'"',
+                              b'1\tx\n', b'\r', b'\n', b',', b'\xff\xfe', b'\x1f\x8b\x08'])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(good_lines | st.binary(max_size=12)), st.lists(good_lines | st.binary(max_size=12)),
+       st.booleans())
+def test_any_bytes_give_data_or_one_line(tmp_path_factory, inter, item, packed):
+    own = tmp_path_factory.getbasetemp() / 'fuzz'
+    own.mkdir(exist_ok=True)
+    for name, parts in (('interactions.csv', inter), ('items.tsv', item)):
+        body = b''.join(parts)
+        (own / name).write_bytes(gzip.compress(body)[:-4] if packed else body)
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            data.load(str(own), core=1)
+        except (ValueError, OSError) as error:
+            assert '\n' not in str(error)
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+IDS = 'user_id,item_id\na,1\n'
+TEXT = 'item_id,title\n1,x\n'
+
+
+@pytest.mark.parametrize('message, files', [
+    ('found nothing', {}),
+    ('found a.csv (empty; expected a header', {'a__csv': '', 'b__csv': TEXT}),
+    ('expected one file with columns user_id and item_id', {'a__csv': 'movieId,stars\n1,2\n'}),
+    ('found a.csv (movieId, stars)', {'a__csv': 'movieId,stars\n1,2\n'}),
+    ('found a.csv (user_id, item_id); b.csv (user_id', {'a__csv': IDS, 'b__csv': IDS, 'i__csv': TEXT}),
+    ('item_id and text', {'a__csv': IDS}),
+    ('item_id and text', {'a__csv': IDS, 'b__csv': TEXT, 'c__csv': TEXT}),
+    ('no text column', {'a__csv': IDS, 'b__csv': 'item_id,price\n1,2\n'}),
+    ('no rows', {'a__csv': 'user_id,item_id\n', 'b__csv': TEXT}),
+    ('no rows', {'a__csv': IDS, 'b__csv': 'item_id,title\n'}),
+    ('nothing left of 1 rows: 1 positive, 0 of them', {'a__csv': IDS, 'b__csv': 'item_id,t\n2,x\n'}),
+    ('a.csv, line 2: ', {'a__csv': 'user_id,item_id\n"a,1\nb,1\n', 'b__csv': TEXT}),
+    ('larger than field limit', {'a__csv': IDS, 'b__csv': TEXT + '2,' + 'x' * 200000}),
+    ('damaged gz', {'a__csv__gz': gzip.compress(IDS.encode() * 9)[:-9], 'b__csv': TEXT}),
+])
+def test_errors_are_one_line(folder, message, files):
+    fails(message, folder(**files), core=1)
+
+
+def test_a_usual_name_wins_over_ambiguity(folder):
+    own = folder(ratings__csv=IDS, tags__csv=IDS, items__csv=TEXT, more__csv=TEXT, notes__txt='"hi')
+    assert edges(data.load(own, core=1)) == {('a', '1')}
+
+
+def test_unknown_name_and_unwritable_place(tmp_path):
+    fails('nosuch: neither a folder nor one of beauty', 'nosuch')
+    (tmp_path / 'file').write_text('')
+    fails('cannot write into', 'toys', str(tmp_path / 'file'))
+
+
+# -- downloads ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """server.files[name] = bytes (or (claimed length, bytes)), served on loopback."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = web.files.get(self.path.lstrip('/'))
+            length, body = body if isinstance(body, tuple) else (len(body or b''), body)
+            self.send_response(404 if body is None else 200)
+            self.send_header('Content-Length', str(length))
+            self.end_headers()
+            self.wfile.write(body or b'')
+
+        def log_message(self, *args):
+            pass
+    web = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    web.files, web.url = {}, f'http://127.0.0.1:{web.server_port}/'
+    thread = threading.Thread(target=web.serve_forever, kwargs={'poll_interval': .01})
+    thread.start()
+    monkeypatch.setattr(data, 'AMAZON_URL', web.url)
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    yield web
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def zipped(method=zipfile.ZIP_DEFLATED, **members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w', method) as box:
+        for name, text in members.items():
+            box.writestr(name, text)
+    return buffer.getvalue()
+
+
+def complete(user='u', prefix='Amazon_Toys/Amazon_Toys'):
+    rows = ''.join(f'{user}{u}\ti{i}\t5\t0\n' for u in range(5) for i in range(5))
+    items = ''.join(f'i{i}\tT{i}\tB{i}\tC\n' for i in range(5))
+    return {prefix + '.inter': INTER + rows, '__MACOSX/._x.inter': 'x', prefix + '.item':
+            'item_id:token\ttitle:token_seq\tbrand:token\tcategories:token_seq\n' + items}
+
+
+def test_a_zip_is_fetched_once_unpacked_and_checked(server, tmp_path, capsys):
+    server.files['Amazon_Toys_and_Games.zip'] = zipped(**complete())
+    matrix, texts, _, _, _ = data.load('toys', str(tmp_path / 'new' / 'data'))
+    assert matrix.shape == (5, 5) and texts[0] == 'T0 B0 C'
+    assert capsys.readouterr().err == ('warning: toys: 5 users, 5 items, 25 interactions after '
+                                       'filtering; the table says 11,268, 7,309, 95,420\n')
+    server.files.clear()                                       # the second time it is there
+    data.load('toys', str(tmp_path / 'new' / 'data'), core=2)
+    assert capsys.readouterr().err == ''                       # sizes are of the default filter
+    left = sorted(str(path.relative_to(tmp_path / 'new' / 'data'))
+                  for path in (tmp_path / 'new' / 'data').rglob('*'))
+    assert left == ['amazon-toys-games', 'amazon-toys-games/amazon-toys-games.inter',
+                    'amazon-toys-games/amazon-toys-games.item']
+
+
+GOOD = zipped(**complete())
+FLIPPED = bytearray(zipped(zipfile.ZIP_STORED, **complete()))
+FLIPPED[200] ^= 1
+
+
+@pytest.mark.parametrize('message, body', [
+    ('404', None),
+    ('not a sound zip', GOOD[:-40]),
+    ('not a sound zip', bytes(FLIPPED)),
+    ('not a sound zip', b'<html>moved</html>'),
+    ('', (len(GOOD), GOOD[:-40])),                             # the connection breaks
+    ('expected one *.inter in it, found 0', zipped(**{'x.item': ITEM})),
+    ('expected one *.inter in it, found 2', zipped(**(complete(prefix='b') | complete()))),
+    ('refused', zipped(zipfile.ZIP_LZMA, **complete())),
+])
+def test_a_bad_zip_leaves_nothing(server, tmp_path, message, body):
+    if body is not None:
+        server.files['Amazon_Toys_and_Games.zip'] = body
+    text = fails(message, 'toys', str(tmp_path))
+    assert 'place' in text and 'amazon-toys-games.inter' in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_outside_lands_inside(server, tmp_path):
+    server.files['Amazon_Toys_and_Games.zip'] = zipped(**complete(prefix='../../../evil'))
+    data.load('toys', str(tmp_path / 'data'))
+    assert [path.name for path in tmp_path.iterdir()] == ['data']
+    assert not list(tmp_path.parent.glob('evil*'))
+
+
+def test_a_bomb_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'MAX_UNPACKED', 1000)
+    members = complete() | {'Amazon_Toys/Amazon_Toys.inter': '0' * 1001}
+    server.files['Amazon_Toys_and_Games.zip'] = zipped(**members)
+    fails('refused, *.inter in it would unpack to 1,001 bytes', 'toys', str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_checks_what_came(server, tmp_path):
+    server.files['f'] = b'abc'
+    path, right = tmp_path / 'f', hashlib.sha256(b'abc').hexdigest()
+    data.download(server.url + 'f', str(path), right, 3)
+    assert path.read_bytes() == b'abc'
+    for wrong in ({'sha256': '0' * 64}, {'size': 4}):
+        with pytest.raises(OSError, match='expected'):
+            data.download(server.url + 'f', str(tmp_path / 'g'), **wrong)
+    with pytest.raises(OSError, match='no/such'):
+        data.download(server.url + 'f', str(tmp_path / 'no/such'))
+    assert [file.name for file in tmp_path.iterdir()] == ['f']
+
+
+def test_ml_100k_comes_through_pip(tmp_path, monkeypatch):
+    """pip itself is replaced by a wheel with wrong bytes: the SHA-256 has to notice."""
+    def pip(command, **_):
+        assert '--no-deps' in command
+        folder = command[command.index('--dest') + 1]
+        wheel = zipped(**{'r/ml-100k/ml-100k.inter': INTER, 'r/ml-100k/ml-100k.item': ITEM})
+        Path(folder, 'recbole-1.2.1-py3-none-any.whl').write_bytes(wheel)
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(data.subprocess, 'run', pip)
+    fails('SHA-256', 'ml-100k', str(tmp_path))
+    monkeypatch.setattr(data.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(
+        command, 1, '', 'WARNING: x\nERROR: No matching distribution found\n'))
+    fails('failed: ERROR: No matching distribution', 'ml-100k', str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the whole file ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dataset', ['beauty', 'office'])
+def test_sizes_of_the_real_sets(dataset, capsys):
+    if not (SHARED / data.FOLDERS[dataset]).is_dir():
+        pytest.skip(f'{SHARED / data.FOLDERS[dataset]} is not there')
+    matrix, texts, titles, users, items = data.load(dataset, str(SHARED))
+    assert (*matrix.shape, matrix.nnz) == data.SIZES[dataset]
+    assert matrix.shape == (len(users), len(items)) and len(texts) == len(titles) == len(items)
+    assert len(set(users)) == len(users) and len(set(items)) == len(items) and all(texts)
+    assert capsys.readouterr().err == ''
+
+
+# ---- embed.py --------------------------------------------------------------------------------
+
+WEIGHTS = Path('~/.cache/llminit/all-mpnet-base-v2').expanduser()
+SPECIALS = ['<s>', '<pad>', '</s>', '<unk>', '[UNK]', '<mask>']
+VOCAB = SPECIALS + ('a b c red green tea un ##a ##able ##ably ##break ##s ! , $ - \u4e2d \u6587 creme '
+                    '\u03c3 ##\u03c3 \u03b1 ##\u03b1 x ##x').split()
+
+
+def names(text, max_tokens=384):
+    """The tokens of a text by name, without the two ends."""
+    ids = embed.Tokenizer(VOCAB)(text, max_tokens)
+    assert ids[0] == 0 and ids[-1] == 2
+    return [VOCAB[n] for n in ids[1:-1]]
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('', []), (' \n\t\r\u3000\u2028', []), ('Red,GREEN tea!', ['red', ',', 'green', 'tea', '!']),
+    ('unbreakable unbreakably', ['un', '##break', '##able', 'un', '##break', '##ably']),
+    ('Cr\u00e8me cre\u0300me \u0301', ['creme', 'creme']),                 # accents, composed or not
+    ('re\x00d gre\u200ben\ufffd t\x07ea', ['red', 'green', 'tea']),        # control characters
+    ('a\u4e2d\u6587b', ['a', '\u4e2d', '\u6587', 'b']), ('red-tea$', ['red', '-', 'tea', '$']),
+    ('\u0391\u03a3', ['\u03b1', '##\u03c3']),                     # no final sigma
+    ('x' * 100, ['x'] + ['##x'] * 99), ('x' * 101, ['[UNK]']), ('redz a', ['[UNK]', 'a']),
+    ('\ud800a', ['a']),                                     # a lone surrogate is dropped
+    ('a</s>b<s>', ['a', '</s>', 'b', '<s>']), ('[UNK]<mask> <pad>', ['[UNK]', '<mask>', '<pad>']),
+    ('<unk><UNK><\u00dcNK>', ['<unk>'] * 3), ('<S>', ['[UNK]'] * 3), ('</s', ['[UNK]'] * 3),
+])
+def test_tokenizer(text, expected):
+    assert names(text) == expected
+
+
+def test_tokenizer_truncates():
+    assert names('a ' * 600, 384) == ['a'] * 382
+    assert names('a b c', 4) == ['a', 'b']
+
+
+def test_tokenizer_needs_its_specials():
+    with pytest.raises(ValueError, match="lacks .*UNK"):
+        embed.Tokenizer(['<s>', '</s>', 'a'])
+
+
+def write_safetensors(path, tensors):
+    """The format, written a second time: header length, JSON header, raw tensors."""
+    header, blob = {'__metadata__': {'format': 'pt'}}, b''
+    for name, array in tensors.items():
+        raw = array.tobytes()
+        kind = {'float32': 'F32', 'int64': 'I64', 'float16': 'F16'}[array.dtype.name]
+        header[name] = {'dtype': kind, 'shape': list(array.shape),
+                        'data_offsets': [len(blob), len(blob) + len(raw)]}
+        blob += raw
+    head = json.dumps(header).encode()
+    Path(path).write_bytes(len(head).to_bytes(8, 'little') + head + blob)
+
+
+def test_safetensors(tmp_path):
+    tensors = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.arange(3),
+               'empty': np.zeros((0, 4), np.float32), 'half': np.ones(3, np.float16)}
+    write_safetensors(tmp_path / 'm', tensors)
+    found = embed.read_safetensors(tmp_path / 'm')
+    assert list(found) == list(tensors)
+    for name, array in tensors.items():
+        assert found[name].shape == array.shape and (found[name].numpy() == array).all()
+
+
+def damaged(entry):
+    head = json.dumps({'a': entry}).encode()
+    return len(head).to_bytes(8, 'little') + head + bytes(24)
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'\x02', b'\xff' * 8, b'\x02' + bytes(7) + b'{}'[:1], b'\x02' + bytes(7) + b'[]',
+    b'\x03' + bytes(7) + b'{"a', b'\x04' + bytes(7) + b'\xff\xfe{}',
+    (40000).to_bytes(8, 'little') + b'[' * 40000,
+    damaged({'dtype': 'F32', 'shape': [6], 'data_offsets': [0, 20]}),
+    damaged({'dtype': 'F32', 'shape': [7], 'data_offsets': [0, 28]}),
+    damaged({'dtype': 'F32', 'shape': [-6], 'data_offsets': [24, 0]}),
+    damaged({'dtype': 'F32', 'shape': [6.0], 'data_offsets': [0, 24]}),
+    damaged({'dtype': 'F32', 'shape': [10 ** 30], 'data_offsets': [0, 4 * 10 ** 30]}),
+    damaged({'dtype': 'F32', 'shape': 6, 'data_offsets': [0, 24]}),
+    damaged({'dtype': 'F32', 'shape': [6], 'data_offsets': [0]}),
+    damaged({'dtype': 'F32', 'shape': [6], 'data_offsets': None}),
+    damaged({'dtype': 'Q4', 'shape': [6], 'data_offsets': [0, 24]}), damaged({}), damaged(None)])
+def test_safetensors_damaged(tmp_path, data):
+    (tmp_path / 'm').write_bytes(data)
+    with pytest.raises(ValueError, match='not a whole safetensors file') as error:
+        embed.read_safetensors(tmp_path / 'm')
+    assert '\n' not in str(error.value)
+
+
+def tiny_mpnet(folder, seed=0, width=24, heads=3, inner=40, layers=2, positions=70):
+    """A random MPNet in folder, larger weights than real ones so that every part shows."""
+    rng, folder = np.random.default_rng(seed), Path(folder)
+    shapes = {'embeddings.word_embeddings.weight': (len(VOCAB), width),
+              'embeddings.position_embeddings.weight': (positions, width),
+              'embeddings.LayerNorm.weight': (width,), 'embeddings.LayerNorm.bias': (width,),
+              'encoder.relative_attention_bias.weight': (32, heads)}
+    for n in range(layers):
+        for part in ('attention.attn.q', 'attention.attn.k', 'attention.attn.v',
+                     'attention.attn.o', 'intermediate.dense', 'output.dense'):
+            size = {'intermediate.dense': (inner, width), 'output.dense': (width, inner)}
+            size = size.get(part, (width, width))
+            shapes[f'encoder.layer.{n}.{part}.weight'] = size
+            shapes[f'encoder.layer.{n}.{part}.bias'] = size[:1]
+        for part in ('attention', 'output'):
+            shapes[f'encoder.layer.{n}.{part}.LayerNorm.weight'] = (width,)
+            shapes[f'encoder.layer.{n}.{part}.LayerNorm.bias'] = (width,)
+    weights = {name: rng.normal(0, .5, shape).astype(np.float32) for name, shape in shapes.items()}
+    extra = {'embeddings.position_ids': np.arange(positions)[None],
+             'pooler.dense.weight': np.ones((width, width), np.float32)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / 'model.safetensors', {**weights, **extra})
+    (folder / 'vocab.txt').write_text('\n'.join(VOCAB) + '\n', encoding='utf8')
+    config = dict(vocab_size=len(VOCAB), hidden_size=width, num_hidden_layers=layers,
+                  num_attention_heads=heads, intermediate_size=inner,
+                  max_position_embeddings=positions)
+    (folder / 'config.json').write_text(json.dumps(config))
+    return {name: w.astype(np.float64) for name, w in weights.items()}
+
+
+def bucket(distance):
+    """Bucket of key minus query, with a loop in place of a logarithm."""
+    n, out = abs(distance), abs(distance)
+    if n >= 8:
+        out = max(b for b in range(8) if n >= 8 * 16 ** (b / 8) - 1e-9) + 8
+    return out + 16 * (distance > 0)
+
+
+def dense_mpnet(w, ids, pad_to=0):
+    """One text through MPNet in float64, padded and masked as the original does it."""
+    heads, mask = w['encoder.relative_attention_bias.weight'].shape[1], [1] * len(ids)
+    mask, ids = np.array(mask + [0] * pad_to), list(ids) + [1] * pad_to
+    places, count = [], 1
+    for token in ids:
+        count += token != 1
+        places.append(count if token != 1 else 1)
+
+    def norm(x, name):
+        x = x - x.mean(1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5)
+        return x * w[name + '.LayerNorm.weight'] + w[name + '.LayerNorm.bias']
+
+    def dense(x, name):
+        return x @ w[name + '.weight'].T + w[name + '.bias']
+    table = w['encoder.relative_attention_bias.weight']
+    bias = np.array([[table[bucket(k - q)] for k in range(len(ids))] for q in range(len(ids))])
+    x = norm(w['embeddings.word_embeddings.weight'][ids] +
+             w['embeddings.position_embeddings.weight'][places], 'embeddings')
+    for n in range(2):
+        name, mixed = f'encoder.layer.{n}', []
+        q, k, v = (dense(x, f'{name}.attention.attn.{part}') for part in 'qkv')
+        size = q.shape[1] // heads
+        for h in range(heads):
+            cut = slice(h * size, (h + 1) * size)
+            score = q[:, cut] @ k[:, cut].T / math.sqrt(size) + bias[:, :, h]
+            score = np.where(mask, np.exp(score - score.max(1, keepdims=True)), 0)
+            mixed.append(score / score.sum(1, keepdims=True) @ v[:, cut])
+        x = norm(x + dense(np.hstack(mixed), f'{name}.attention.attn.o'), f'{name}.attention')
+        inner = dense(x, f'{name}.intermediate.dense')
+        inner = inner * (1 + erf(inner / math.sqrt(2))) / 2
+        x = norm(x + dense(inner, f'{name}.output.dense'), f'{name}.output')
+    vector = (x * mask[:, None]).sum(0) / mask.sum()
+    return vector / np.linalg.norm(vector)
+
+
+TEXTS = ['red tea', '', 'a b c, green tea!', 'tea red', 'x' * 60, 'unbreakable a', 'red tea',
+         'a<pad>b <pad>c red', 'a ' * 300, '\u4e2d\u6587 </s> b', 'c']
+
+
+def test_position_buckets():
+    found = embed.position_buckets(300, 32).numpy()
+    assert all(found[q, k] == bucket(k - q) for q in (0, 150, 299) for k in range(300))
+
+
+def test_mpnet_against_float64(tmp_path):
+    weights = tiny_mpnet(tmp_path / 'tiny')
+    found = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path, dtype='float32')
+    assert found.dtype == np.float32 and found.shape == (len(TEXTS), 24)
+    tokenizer = embed.Tokenizer(VOCAB)
+    for n, text in enumerate(TEXTS):
+        ids = tokenizer(text, 68)                    # 70 positions, the first two are not used
+        for pad in (0, 5):
+            assert np.abs(found[n] - dense_mpnet(weights, ids, pad)).max() < 2e-6, text
+
+
+def test_mpnet_order_and_batches(tmp_path, monkeypatch):
+    tiny_mpnet(tmp_path / 'tiny')
+    whole = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path / '1', dtype='float32')
+    back = embed.encode(TEXTS[::-1], str(tmp_path / 'tiny'), cache=tmp_path / '1', dtype='float32')
+    assert np.abs(whole - back[::-1]).max() < 1e-6
+    monkeypatch.setattr(embed, 'CPU_TOKENS', 1)      # every text alone
+    alone = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path / '2', dtype='float32')
+    assert np.abs(whole - alone).max() < 1e-6 and (whole[0] == whole[6]).all()
+    half = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path / '1', dtype='bfloat16')
+    assert (half * whole).sum(1).min() > .995 and len(list(tmp_path.glob('1/vectors/*'))) == 3
+
+
+def test_batches():
+    rows = embed.batches([5, 9, 2, 7, 2], 10)
+    assert rows == [[1], [3], [0, 2, 4]] and embed.batches([50], 10) == [[0]]
+
+
+def test_vector_cache(tmp_path, monkeypatch):
+    tiny, cache = str(tmp_path / 'tiny'), tmp_path / 'cache'
+    tiny_mpnet(tiny)
+    first = embed.encode(TEXTS, tiny, cache=cache)
+    file, = (cache / 'vectors').iterdir()
+    run, calls = embed.run_mpnet, []
+    monkeypatch.setattr(embed, 'run_mpnet', lambda *a: calls.append(a) or run(*a))
+    assert (embed.encode(TEXTS, tiny, cache=cache) == first).all() and not calls       # a hit
+    good = file.read_bytes()
+    bad_row = io.BytesIO()
+    np.save(bad_row, np.full((10, 24), np.nan, np.float32))
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}], object))
+    for damage in (b'', good[:50], good[:-1], b'x' * len(good), bad_row.getvalue(),
+                   pickled.getvalue()):
+        file.write_bytes(damage)
+        assert (embed.encode(TEXTS, tiny, cache=cache) == first).all()
+        assert calls.pop() and not calls and file.read_bytes() == good
+    embed.encode(TEXTS + ['more'], tiny, cache=cache)
+    embed.encode(TEXTS, tiny, cache=cache, dtype='bfloat16')
+    tiny_mpnet(tiny, seed=1)                         # other weights under the same name
+    assert not np.allclose(embed.encode(TEXTS, tiny, cache=cache), first)
+    assert len(calls) == 3 and len(list((cache / 'vectors').iterdir())) == 4
+
+
+def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+    tiny_mpnet(tmp_path / 'tiny')
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(embed, 'run_mpnet', stop)
+    with pytest.raises(KeyboardInterrupt):
+        embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path)
+    assert not list((tmp_path / 'vectors').iterdir())
+
+
+def one_line(kind, match, *args, **named):
+    with pytest.raises(kind, match=match) as error:
+        embed.encode(*args, **named)
+    assert '\n' not in str(error.value)
+
+
+def test_encode_errors(tmp_path):
+    one_line(ValueError, 'expected mpnet, tfidf', ['a'], 'bert', cache=tmp_path)
+    one_line(ValueError, 'no texts', [], 'tfidf')
+    one_line(ValueError, 'text 1 is a float', ['a', math.nan], 'tfidf')
+    one_line(ValueError, 'no text has a word', ['', '...'], 'tfidf')
+    one_line(ValueError, "dtype 'int8'", ['a'], cache=tmp_path, dtype='int8')
+    one_line(FileNotFoundError, 'expected vocab.txt', ['a'], str(tmp_path), cache=tmp_path)
+    (tmp_path / 'file').write_text('')
+    tiny_mpnet(tmp_path / 'tiny')
+    one_line(OSError, 'cannot write the cache', ['a'], str(tmp_path / 'tiny'),
+             cache=tmp_path / 'file')
+
+
+@pytest.mark.parametrize('name, text, match', [
+    ('config.json', '{"hidden_size": 16', 'damaged'), ('config.json', '[]', 'damaged'),
+    ('config.json', '{"hidden_size": "x"}', 'damaged'), ('vocab.txt', 'a\nb', 'lacks'),
+    ('config.json', '{"hidden_size": 24, "num_attention_heads": 5}', 'fit'),
+    ('config.json', '{"hidden_size": 24, "num_attention_heads": 3}', 'of these sizes'),
+    ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'fit')])
+def test_damaged_checkpoint(tmp_path, name, text, match):
+    tiny_mpnet(tmp_path / 'tiny')
+    (tmp_path / 'tiny' / name).write_text(text)
+    one_line(ValueError, match, ['a'], str(tmp_path / 'tiny'), cache=tmp_path)
+
+
+def test_tfidf():
+    rng = np.random.default_rng(0)
+    words = [f'w{n}' for n in range(60)]
+    texts = [' '.join(rng.choice(words[20 * (n % 3):20 * (n % 3) + 20], 8)) for n in range(90)]
+    found = embed.encode(texts + ['', '!'], 'tfidf')
+    assert found.shape == (92, 60) and found.dtype == np.float32 and not found[90:].any()
+    assert np.allclose(np.linalg.norm(found[:90], axis=1), 1, atol=1e-6)
+    assert (found == embed.encode(texts + ['', '!'], 'tfidf')).all()
+    likeness = found[:90] @ found[:90].T
+    group = np.arange(90) % 3
+    assert likeness[group[:, None] == group].mean() > .3
+    assert np.abs(likeness[group[:, None] != group]).max() < 1e-6      # they share no word
+    # full rank: the SVD turns the TF-IDF rows, so that their cosines stay
+    table = embed.word_counts(texts).toarray()
+    weight = np.where(table > 0, 1 + np.log(np.maximum(table, 1)), 0)
+    weight *= 1 + np.log(93 / (1 + (table > 0).sum(0)))
+    weight /= np.linalg.norm(weight, axis=1, keepdims=True)
+    assert np.abs(weight @ weight.T - embed.tfidf(texts + ['', ''])[:90] @
+                  embed.tfidf(texts + ['', ''])[:90].T).max() < 1e-5
+    assert embed.encode(['red tea', 'green tea'], 'tfidf').shape == (2, 2)
+
+
+def test_tfidf_truncated():
+    rng = np.random.default_rng(1)
+    words = np.array([f'w{n}' for n in range(300)])
+    texts = [' '.join(words[(rng.pareto(1, 30) * 5).astype(int) % 300]) for _ in range(200)]
+    found = embed.tfidf(texts, 20)
+    full = embed.tfidf(texts, 200)
+    assert found.shape == (200, 20)
+    exact = full[:, :20] / np.linalg.norm(full[:, :20], axis=1, keepdims=True)
+    assert np.abs((found * exact).sum(1)).min() > .999
+
+
+def test_npy(tmp_path):
+    path, texts = str(tmp_path / 'v.npy'), ['a', 'b', 'c']
+    vectors = np.arange(6.).reshape(3, 2)
+    np.save(path, vectors)
+    assert (embed.encode(texts, path) == vectors).all()
+    assert embed.encode(texts, path).dtype == np.float32
+    one_line(ValueError, '3 rows for 2 items.*npz', texts[:2], path)
+    one_line(FileNotFoundError, 'no such file', texts, str(tmp_path / 'w.npy'))
+    for wrong in (np.arange(3.), np.array([[{}]] * 3), np.array([['a']] * 3), np.zeros((3, 0))):
+        np.save(path, wrong)
+        one_line(ValueError, 'v.npy: (vectors are|not a plain)', texts, path)
+    vectors[1:, 0] = np.nan, np.inf
+    np.save(path, vectors)
+    one_line(ValueError, '2 of 3 vectors hold NaN or infinity, first in row 1', texts, path)
+    for damage in (b'', b'nonsense', b'\x93NUMPY\x01\x00v\x00{'):
+        Path(path).write_bytes(damage)
+        one_line(ValueError, 'not a plain .npy', texts, path)
+
+
+def test_npz(tmp_path):
+    path, texts = str(tmp_path / 'v.npz'), ['a', 'b', 'c']
+    vectors = np.arange(8.).reshape(4, 2)
+    for ids in (['7', '8', '9', '10'], [7, 8, 9, 10], [b'7', b'8', b'9', b'10']):
+        np.savez(path, ids=np.array(ids), vectors=vectors)
+        assert (embed.encode(texts, path, ids=['10', '7', '9']) == vectors[[3, 0, 2]]).all()
+    one_line(ValueError, "2 of 3 items have no vector, such as 11, 12", texts, path,
+             ids=['11', '7', '12'])
+    one_line(ValueError, 'no item ids were given', texts, path)
+    np.savez(path, ids=['7', '8', '7', '7'], vectors=vectors)
+    one_line(ValueError, "2 ids stand there more than once, such as '7'", texts, path, ids=texts)
+    np.savez(path, ids=['7', '8'], vectors=vectors)
+    one_line(ValueError, 'expected one id a row', texts, path, ids=texts)
+    np.savez(path, vectors=vectors)
+    one_line(ValueError, 'not a plain', texts, path, ids=texts)
+    np.savez(path, ids=np.array(['7', None], object), vectors=vectors)
+    one_line(ValueError, 'not a plain', texts, path, ids=texts)
+    data = Path(path).read_bytes()
+    for damage in (b'', b'nonsense', data[:len(data) // 2]):
+        Path(path).write_bytes(damage)
+        one_line(ValueError, 'not a plain', texts, path, ids=texts)
+
+
+BODY = bytes(range(256)) * 40
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """Answers /whole well, /half with half of what it announces, anything else with 404."""
+
+    def do_GET(self):
+        self.send_response(404 if self.path == '/none' else 200)
+        self.send_header('Content-Length', str(len(BODY)))
+        self.end_headers()
+        self.wfile.write(BODY[:len(BODY) // 2] if self.path == '/half' else BODY)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def faulty_server():
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Faulty)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}'
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_download(tmp_path, faulty_server):
+    path, sha256 = str(tmp_path / 'file'), hashlib.sha256(BODY).hexdigest()
+    for url, named in (('/half', {}), ('/none', {}), ('/whole', {'sha256': '0' * 64}),
+                       ('/whole', {'size': 7})):
+        with pytest.raises((OSError, ValueError)) as error:
+            embed.download(faulty_server + url, path, **named)
+        assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+    embed.download(faulty_server + '/whole', path, sha256, len(BODY))
+    assert Path(path).read_bytes() == BODY and len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_source_fails(tmp_path, faulty_server, monkeypatch):
+    """Damaged local file, a hub with other bytes, a pip that is not there: one line has it all."""
+    monkeypatch.setattr(embed, 'HUB', faulty_server)
+    monkeypatch.setattr(sys, 'executable', '/bin/false')
+    (tmp_path / embed.NAME).mkdir()
+    (tmp_path / embed.NAME / 'vocab.txt').write_text('damaged')
+    with pytest.raises(OSError) as error:
+        embed.encode(['a'], cache=tmp_path)
+    for part in ('SHA-256', 'Hugging Face hub: ', 'PyPI: ', 'by hand'):
+        assert part in str(error.value)
+    assert '\n' not in str(error.value)
+    assert {p.name for p in tmp_path.rglob('*')} == {embed.NAME, 'vocab.txt', 'vectors'}
+
+
+# Text, token ids, first eight components: sentence-transformers 6.2.0, float32, normalised.
+GOLDEN = [
+    ('WAWO 15 Color Professionl Makeup Eyeshadow Camouflage Facial Concealer Neutral P'
+     'alette. COKA. Beauty, Makeup, Face, Concealers & Neutralizers',
+     [0, 11337, 12159, 2325, 3613, 9522, 2144, 5793, 2163, 16106, 5008, 21360, 13272, 19823,
+      2125, 8703, 27400, 1016, 2526, 2916, 1016, 5057, 1014, 5793, 1014, 2231, 1014, 19823,
+      2549, 1008, 8703, 17633, 2019, 2],
+     [0.042036, 0.0326241, 0.021137, -0.0343958, -0.0198064, 0.027867, 0.081691, 0.0570235]),
+    ('AT&amp;T TR1909WH Dect 6.0 1-Handset Trimline Landline Telephone with Caller ID.'
+     ' AT&amp;T. Office & School Supplies, Tape, Adhesives & Fasteners, Clips, Clamps '
+     '& Rings, Clips',
+     [0, 2016, 1008, 23717, 1029, 1060, 19821, 16151, 2696, 2687, 2864, 2236, 11707, 2106,
+      1024, 1016, 1018, 1019, 1015, 2402, 3392, 12245, 4183, 2459, 4183, 7030, 2011, 20591,
+      8913, 1016, 2016, 1008, 23717, 1029, 1060, 1016, 2440, 1008, 2086, 6071, 1014, 6827,
+      1014, 4752, 21583, 2019, 1008, 3439, 24458, 2019, 1014, 15285, 1014, 18860, 25171, 1008,
+      7639, 1014, 15285, 2],
+     [0.0146217, -0.0279917, 0.0161583, -0.0453435, -0.002167, 0.024027, 0.0218823, 0.0271824]),
+    ('',
+     [0, 2],
+     [-0.0125034, 0.0614387, -0.0067345, 0.0252378, 0.0147579, 0.0331775, -0.0170982, -0.0052546]),
+    ('\n\t \r',
+     [0, 2],
+     [-0.0125034, 0.0614387, -0.0067345, 0.0252378, 0.0147579, 0.0331775, -0.0170982, -0.0052546]),
+    ('\U0001f600\U0001f603 nice \U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 family',
+     [0, 104, 3839, 104, 2159, 2],
+     [-0.0680934, 0.0194508, -0.0313246, 0.0401848, 0.0443119, 0.0181785, -0.0253142, -0.0022264]),
+    ('\u4e2d\u6587\u5b57\u7b26\u6d4b\u8bd5',
+     [0, 1750, 1865, 104, 104, 104, 104, 2],
+     [0.0486595, -0.0261086, 0.0122908, 0.0278711, 0.0350826, 0.0263743, -0.0455256, 0.0401049]),
+    ('e\u0301cole a\u0308b \u0301alone',
+     [0, 12435, 11117, 2898, 2],
+     [0.009105, 0.0267472, 0.0234217, 0.0416711, -0.0190135, -0.0321977, 0.0659933, -0.0346592]),
+    ('a\x00b\x07c\x7fd\x85e\ufffdf',
+     [0, 5929, 3211, 2550, 2],
+     [0.0105823, -0.0365582, 0.0052969, -0.042894, -0.0241992, 0.0109861, -0.0157333, 0.0414103]),
+    ('x' * 150,
+     [0, 104, 2],
+     [-0.0104481, 0.0462962, 0.0075116, 0.0224715, 0.0321831, 0.0329378, -0.0560652, 0.0433447]),
+    ('foo</s>bar',
+     [0, 29383, 2, 3351, 2],
+     [0.0289567, 0.0517217, 0.0174238, -0.0783198, -0.029371, 0.0319051, -0.0234664, -0.0091528]),
+    ('a<mask>b  <mask>  c',
+     [0, 1041, 30526, 1042, 30526, 1043, 2],
+     [0.0579114, -0.0277578, -0.012493, -0.0206987, -0.0302286, 0.0059473, 0.0166675, -0.0215348]),
+    ('<u\u0301nk> <\xdcNK>',
+     [0, 3, 3, 2],
+     [0.0025613, 0.0749696, 0.0057538, 0.0280301, -0.0071225, -0.003681, -0.0608543, 0.0247137]),
+    ('<pad>x<pad> y',
+     [0, 1, 1064, 1, 1065, 2],
+     [-0.0087029, 0.0341448, 0.0106878, -0.0045875, -0.0218708, 0.0048575, 0.0223957, 0.0174323]),
+    ('\u0391\u03a3 \u03a3\u0391\u03a3 \u039f\u0394\u039f\u03a3',
+     [0, 1159, 29737, 1177, 14612, 29737, 1173, 29726, 29734, 29737, 2],
+     [-0.0215243, -0.0344295, -0.0029059, -0.0142181, 0.0065527, -0.0092185, -0.0245249,
+      0.0241357]),
+    ('$100 + 5% = a^b`c|d~e',
+     [0, 1006, 2535, 1013, 1023, 1007, 1031, 1041, 1038, 1042, 1040, 1043, 1068, 1044, 1070,
+      1045, 2],
+     [0.0093882, 0.0120768, -0.0300139, 0.0162505, -0.0210616, 0.0152813, -0.0502817, -0.0399376]),
+    ('\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e',
+     [0, 1331, 29871, 29878, 29863, 1329, 29867, 29881, 29872, 29880, 2],
+     [0.0276774, 0.0484716, -0.0177069, 0.0365224, -0.0506397, 0.0040996, -0.0856586, 0.0436064]),
+]
+LONG = [0.0326021, -0.0316455, 0.0382969, 0.0535799,
+        -0.0333109, -0.0110481, -0.0221956, 0.0350202]          # of 'word ' * 600
+
+
+@pytest.mark.skipif(not (WEIGHTS / 'model.safetensors').is_file(),
+                    reason=f'the weights of all-mpnet-base-v2 are not in {WEIGHTS}')
+def test_real_weights(tmp_path):
+    tokenizer, _ = embed.load_mpnet(WEIGHTS)
+    assert [tokenizer(text) for text, _, _ in GOLDEN] == [ids for _, ids, _ in GOLDEN]
+    assert len(tokenizer('word ' * 600)) == 384
+    found = embed.encode([text for text, _, _ in GOLDEN] + ['word ' * 600], str(WEIGHTS),
+                         cache=tmp_path, dtype='float32')
+    expected = np.array([vector for _, _, vector in GOLDEN] + [LONG])
+    assert np.abs(found[:, :8] - expected).max() < 1e-5
