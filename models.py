@@ -53,24 +53,25 @@ def adjacency(observed):
                          (n_users + n_items,) * 2)
 
 
-def receptive_field(graphs, rows):
-    """What layers 1..L must compute so that all of them are known at `rows` (R,), sorted.
+def receptive_field(graphs, nodes):
+    """What layers 1..L must compute so that all of them are known at `nodes` (R,), repeats allowed.
 
     graphs: A_hat of each layer, L csr (U+I, U+I). Returns [(at, block)], first layer first: block
     csr (M_l, M_{l-1}) holds the rows of A_hat that layer l is needed at, its columns count the rows
-    of layer l-1 (M_0 = U+I, the whole table), and `at` (R,) says where `rows` are among the M_l.
+    of layer l-1 (M_0 = U+I, the whole table), and `at` (R,) says where `nodes` are among the M_l.
     """
-    field, needed = [], rows
+    field, needed, at = [], nodes, np.arange(len(nodes))
     for layer, graph in reversed(list(enumerate(graphs))):
-        block, at = graph[needed], np.searchsorted(needed, rows)
+        block = graph[needed]                                                           # (M_l, U+I)
+        field.append((torch.from_numpy(at), block))
         if layer:
             below = np.zeros(graph.shape[0], bool)
-            below[rows] = below[block.indices] = True
-            position = np.cumsum(below, dtype=block.indices.dtype) - 1     # of a node, below
+            below[nodes] = below[block.indices] = True
             needed = np.flatnonzero(below)
-            block = sp.csr_matrix((block.data, position[block.indices], block.indptr),
-                                  (block.shape[0], len(needed)))
-        field.append((torch.from_numpy(at), block))
+            position = np.empty(len(below), block.indices.dtype)
+            position[needed] = np.arange(len(needed), dtype=position.dtype)
+            at, block.indices = position[nodes], position[block.indices]
+            block.resize(block.shape[0], len(needed))
     return field[::-1]
 
 
@@ -159,13 +160,34 @@ def bpr(positive, negative):
     return F.softplus(negative - positive)
 
 
-def info_nce(queries, keys, own, tau):
-    """-sum_b log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ): (B, K), (M, K) -> scalar.
+class InfoNCE(torch.autograd.Function):
+    """sum_b -log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ), SGL eq. (10) -> scalar.
 
-    Cosines; SGL eq. (10), summed over the batch; all keys compete, the positive among them.
+    q (B, K) and k (M, K) are the rows of queries and keys at length 1, own (B,) int64; all keys
+    compete, the positive among them. The sum is the logsumexp around the largest value possible,
+    1/tau, and its softmax is not built: backward weighs the K-wide sides of two products instead.
     """
-    logits = unit(queries) @ unit(keys).T / tau                                         # (B, M)
-    return logits.logsumexp(1).sum() - logits.gather(1, own[:, None]).sum()
+
+    @staticmethod
+    def forward(ctx, queries, keys, own, tau):
+        lengths = [dot(x, x).clamp_min(1e-24).sqrt_()[:, None] for x in (queries, keys)]
+        q, k = queries / lengths[0], keys / lengths[1]
+        logits = torch.mm(q / tau, k.T)                                                 # (B, M)
+        positive = logits.gather(1, own[:, None]).sum()
+        mass = logits.sub_(1 / tau).exp_()
+        total = mass.sum(1, keepdim=True)                                               # (B, 1)
+        ctx.save_for_backward(q, k, own, mass, total, *lengths)
+        ctx.tau = tau
+        return (total.log() + 1 / tau).sum() - positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, own, mass, total, *lengths = ctx.saved_tensors
+        grad_q = torch.mm(mass, k).div_(total).sub_(k[own])                             # (B, K)
+        grad_k = torch.mm(mass.T, q / total).index_add_(0, own, q, alpha=-1)            # (M, K)
+        for x, g, length in ((q, grad_q, lengths[0]), (k, grad_k, lengths[1])):
+            g.addcmul_(x, dot(x, g)[:, None], value=-1).mul_(grad / ctx.tau / length)   # of x / |x|
+        return grad_q, grad_k, None, None
 
 
 class LightGCN(torch.nn.Module):
@@ -193,12 +215,8 @@ class LightGCN(torch.nn.Module):
         Off the CPU all nodes are computed: static shapes are worth more there than less work.
         """
         if self.table.is_cpu and not any(isinstance(graph, torch.Tensor) for graph in graphs):
-            rows = torch.unique_consecutive(nodes.sort().values)                        # (R,)
-            field = receptive_field(graphs, rows.numpy())
-            z, start = Propagate.apply(self.table, rows, field)                         # (R, K)
-            nodes = torch.searchsorted(rows, nodes)
-        else:
-            z, start = self.everywhere(graphs)
+            return Propagate.apply(self.table, nodes, receptive_field(graphs, nodes.numpy()))
+        z, start = self.everywhere(graphs)
         return z[nodes], start[nodes]
 
     @torch.no_grad()
@@ -273,8 +291,8 @@ class SGL(LightGCN):
         users1, items1 = first.chunk(2)                                                 # (B, K)
         second, _ = self.everywhere(self.views[1])                                      # (U+I, K)
         users2, items2 = second[:self.n_users], second[self.n_users:]
-        contrast = (info_nce(users1, users2, users, self.tau)
-                    + info_nce(items1, items2, positives, self.tau))
+        contrast = (InfoNCE.apply(users1, users2, users, self.tau)
+                    + InfoNCE.apply(items1, items2, positives, self.tau))
         return pairs.sum() + penalty + self.weight * contrast
 
 
@@ -446,7 +464,7 @@ def optimiser(model, lr, anchor):
 
     def step(part):
         adam.zero_grad()
-        loss = model.loss(*part)
+        loss = model.loss(part[0], part[1], part[2])
         loss.backward()
         adam.step()
         for weight, start in zip(weights, starts):

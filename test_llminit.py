@@ -29,6 +29,7 @@ import models
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared' / 'data'
+torch.set_num_threads(1)         # tiny products: threads only wait for each other
 
 
 # ---- llminit.py: selection and pooling -------------------------------------------------------
@@ -576,7 +577,8 @@ def test_split_is_uniform_over_a_users_items():
 def test_filters_on_a_hand_made_example(folder, capsys):
     """Written out: d is unknown, (u2, b, 3) is low, (u1, a) stands twice, u4 has one item left.
     In the 2-core stay u3 {b, a}, u1 {a, b}; c falls with u4."""
-    own = folder(x__inter=INTER + 'u3\tb\t5\t1\nu1\ta\t4\t1\nu1\ta\t5\t2\nu1\tb\t4\t3\nu3\ta\t4\t1\n'
+    own = folder(x__inter=INTER + 'u3\tb\t5\t1\nu1\ta\t4\t1\nu1\ta\t5\t2\n' +
+                 'u1\tb\t4\t3\nu3\ta\t4\t1\n'
                  'u2\ta\t5\t1\nu2\tb\t3\t1\nu4\tc\t5\t1\nu4\td\t5\t1\n',
                  x__item=ITEM + 'c\tSea\tC\na\tApple "A"\tAcme\nz\tNever\tZ\nb\tBall\t\n')
     loaded = data.load(own, core=2)
@@ -638,14 +640,16 @@ def test_delimiters_line_ends_marks_and_gz(folder, delimiter, end, encoding, pac
         text = end.join([delimiter.join(row) for row in rows] + ['']).encode(encoding)
         return gzip.compress(text) if packed else text
     own = folder(**{'x__csv' + '__gz' * packed: file(('userId', 'ITEM_ID', 'rating'), *ROWS),
-                    'y__tsv' + '__gz' * packed: file(('item id', 'title'), ('é', 'é"s'), ('二', '三'))})
+                    'y__tsv' + '__gz' * packed:
+                    file(('item id', 'title'), ('é', 'é"s'), ('二', '三'))})
     loaded = data.load(own, core=1)
     assert edges(loaded) == {('u 1', 'é'), ('u2', '二')}
     assert loaded[1] == ['é"s', '三']
 
 
 def test_quotes_are_known_to_csv_only(folder):
-    own = folder(x__csv='"user_id","item_id"\n"a,b","1"\n', y__csv='item_id, title\n1, "a ""b"",\nc"\n')
+    own = folder(x__csv='"user_id","item_id"\n"a,b","1"\n',
+                 y__csv='item_id, title\n1, "a ""b"",\nc"\n')
     loaded = data.load(own, core=1)
     assert loaded[1] == ['a "b", c'] and loaded[3] == ['a,b']
     own = folder(x__csv='user_id\titem_id\n"a\t1\n', y__csv='item_id\ttitle\n1\t"a ""b\n')
@@ -706,13 +710,15 @@ TEXT = 'item_id,title\n1,x\n'
     ('found a.csv (empty; expected a header', {'a__csv': '', 'b__csv': TEXT}),
     ('expected one file with columns user_id and item_id', {'a__csv': 'movieId,stars\n1,2\n'}),
     ('found a.csv (movieId, stars)', {'a__csv': 'movieId,stars\n1,2\n'}),
-    ('found a.csv (user_id, item_id); b.csv (user_id', {'a__csv': IDS, 'b__csv': IDS, 'i__csv': TEXT}),
+    ('found a.csv (user_id, item_id); b.csv (user_id',
+     {'a__csv': IDS, 'b__csv': IDS, 'i__csv': TEXT}),
     ('item_id and text', {'a__csv': IDS}),
     ('item_id and text', {'a__csv': IDS, 'b__csv': TEXT, 'c__csv': TEXT}),
     ('no text column', {'a__csv': IDS, 'b__csv': 'item_id,price\n1,2\n'}),
     ('no rows', {'a__csv': 'user_id,item_id\n', 'b__csv': TEXT}),
     ('no rows', {'a__csv': IDS, 'b__csv': 'item_id,title\n'}),
-    ('nothing left of 1 rows: 1 positive, 0 of them', {'a__csv': IDS, 'b__csv': 'item_id,t\n2,x\n'}),
+    ('nothing left of 1 rows: 1 positive, 0 of them',
+     {'a__csv': IDS, 'b__csv': 'item_id,t\n2,x\n'}),
     ('a.csv, line 2: ', {'a__csv': 'user_id,item_id\n"a,1\nb,1\n', 'b__csv': TEXT}),
     ('larger than field limit', {'a__csv': IDS, 'b__csv': TEXT + '2,' + 'x' * 200000}),
     ('damaged gz', {'a__csv__gz': gzip.compress(IDS.encode() * 9)[:-9], 'b__csv': TEXT}),
@@ -874,8 +880,8 @@ def test_sizes_of_the_real_sets(dataset, capsys):
 
 WEIGHTS = Path('~/.cache/llminit/all-mpnet-base-v2').expanduser()
 SPECIALS = ['<s>', '<pad>', '</s>', '<unk>', '[UNK]', '<mask>']
-VOCAB = SPECIALS + ('a b c red green tea un ##a ##able ##ably ##break ##s ! , $ - \u4e2d \u6587 creme '
-                    '\u03c3 ##\u03c3 \u03b1 ##\u03b1 x ##x').split()
+VOCAB = SPECIALS + ('a b c red green tea un ##a ##able ##ably ##break ##s ! , $ - \u4e2d \u6587 '
+                    'creme \u03c3 ##\u03c3 \u03b1 ##\u03b1 x ##x').split()
 
 
 def names(text, max_tokens=384):
@@ -888,7 +894,7 @@ def names(text, max_tokens=384):
 @pytest.mark.parametrize('text, expected', [
     ('', []), (' \n\t\r\u3000\u2028', []), ('Red,GREEN tea!', ['red', ',', 'green', 'tea', '!']),
     ('unbreakable unbreakably', ['un', '##break', '##able', 'un', '##break', '##ably']),
-    ('Cr\u00e8me cre\u0300me \u0301', ['creme', 'creme']),                 # accents, composed or not
+    ('Cr\u00e8me cre\u0300me \u0301', ['creme', 'creme']),      # accents, composed or not
     ('re\x00d gre\u200ben\ufffd t\x07ea', ['red', 'green', 'tea']),        # control characters
     ('a\u4e2d\u6587b', ['a', '\u4e2d', '\u6587', 'b']), ('red-tea$', ['red', '-', 'tea', '$']),
     ('\u0391\u03a3', ['\u03b1', '##\u03c3']),                     # no final sigma
@@ -1232,7 +1238,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def faulty_server():
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Faulty)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(.01,), daemon=True).start()
     yield f'http://127.0.0.1:{httpd.server_port}'
     httpd.shutdown()
     httpd.server_close()
