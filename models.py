@@ -256,11 +256,12 @@ class SGL(LightGCN):
     edges, 'walk' of the edges for each layer anew. A view is normalised by its own degrees.
     """
 
-    drop, tau, weight = .1, .2, .05                        # [authors' code]
+    drop, weight = .1, .05                                 # [authors' code]
 
-    def __init__(self, graph, users0, items0, n_layers=2, device='cpu', views='edge'):
+    def __init__(self, graph, users0, items0, n_layers=2, device='cpu', views='edge', tau=.2):
         super().__init__(graph, users0, items0, n_layers, device)
         self.observed, self.kind, self.device = graph[:len(users0), len(users0):], views, device
+        self.tau = tau                                     # [authors' code]
 
     def view(self, rng):
         """A_hat (U+I, U+I) of the interactions that a draw leaves."""
@@ -299,7 +300,9 @@ class SGL(LightGCN):
 class SGCL(LightGCN):
     """LightGCN propagation under one supervised contrastive loss; no negatives, no regulariser."""
 
-    tau = .2                                               # [authors' code]
+    def __init__(self, graph, users0, items0, n_layers=2, device='cpu', tau=.2):
+        super().__init__(graph, users0, items0, n_layers, device)
+        self.tau = tau                                     # [authors' code]
 
     def loss(self, users, positives, negatives=None):
         """- sum_b log( exp(u_b.i_b/tau) / (sum_b' exp(u_b.u_b'/tau) + sum_b' exp(i_b.i_b'/tau)) ).
