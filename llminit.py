@@ -18,7 +18,11 @@ embed.py and models.py beside it. MIT licence.
 Shapes: U users, I items, N encoder width, K kept dimensions.
 """
 import argparse
+import json
+import os
+import shutil
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -27,6 +31,11 @@ import scipy.sparse as sp
 STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'proj', 'prefix', 'full')
 MODELS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr')
 POOLS = ('mean', 'sqrt', 'sum')
+TABLES = ('users.npy', 'items.npy')                                  # of a saved run
+# what a saved run keeps of the command line: all that its figures depend on
+KEPT = {'dataset', 'min_rating', 'core', 'text_columns', 'strategy', 'model', 'encoder', 'dim',
+        'whiten', 'popular', 'pool', 'anchor', 'views', 'tau', 'seen', 'preset', 'batch', 'lr',
+        'patience', 'epochs', 'seed'}
 PRESETS = ('ours', 'paper')
 # batch, Adam's learning rate, epochs without a better validation before training stops
 PAPER_TRAINING = dict(batch=256, lr=1e-3, patience=10)               # [authors' code]
@@ -159,12 +168,81 @@ def between(low, high):
     return number
 
 
+def read_run(folder):
+    """The run.json of a saved run; ValueError or OSError with one line if it is not one."""
+    with open(os.path.join(folder, 'run.json'), encoding='utf8') as file:
+        try:
+            run = json.load(file)
+            unknown = set(run['settings']) - KEPT
+            if unknown or not isinstance(run['users'], list) or not isinstance(run['items'], list):
+                raise ValueError(f'unknown {sorted(unknown)}')
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{folder}/run.json is not of a saved run ({error})') from None
+    return run
+
+
+def run_facts(args, scores, names):
+    """What run.json holds: settings, scores, and the ids of users and items in row order."""
+    recall, ndcg = (float(score.mean()) for score in scores)
+    return {'settings': {name: getattr(args, name) for name in sorted(KEPT)},
+            'scores': {'Recall@10': recall, 'NDCG@10': ndcg}, 'users': names[0], 'items': names[1]}
+
+
+def load_run(folder, user_ids, item_ids):
+    """users (U, K), items (I, K) of a saved run, for the same users and items as it was saved."""
+    run = read_run(folder)
+    if (run['users'], run['items']) != (user_ids, item_ids):
+        raise ValueError(f"{folder} was saved for {len(run['users'])} users and {len(run['items'])}"
+                         f' items; the data hold {len(user_ids)} and {len(item_ids)}, or others')
+    tables = [np.load(os.path.join(folder, name), allow_pickle=False) for name in TABLES]
+    for table, ids in zip(tables, (user_ids, item_ids)):
+        if table.ndim != 2 or len(table) != len(ids) or not np.isfinite(table).all():
+            raise ValueError(f'{folder}: a table of shape {table.shape} for {len(ids)} ids')
+    return tables
+
+
+def check_folder(folder):
+    """OSError or ValueError now, not after the training, where a run could not be saved."""
+    if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, 'run.json')):
+        raise ValueError(f'{folder} is there and is not a saved run: choose another --save')
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=parent))
+
+
+def save_run(folder, run, tables, recommended, titles):
+    """Write a run: users.npy (U, K), items.npy (I, K), run.json (settings, scores, the ids in the
+    order of the rows), recommendations.tsv. All of it stands in `folder`, or what stood before."""
+    part = tempfile.mkdtemp(prefix='.part-', dir=os.path.dirname(os.path.abspath(folder)))
+    new = os.path.join(part, 'new')
+    try:
+        os.mkdir(new)
+        for name, table in zip(TABLES, tables):
+            np.save(os.path.join(new, name), table)
+        with open(os.path.join(new, 'run.json'), 'w', encoding='utf8') as file:
+            json.dump(run, file, indent=1)
+        with open(os.path.join(new, 'recommendations.tsv'), 'w', encoding='utf8') as file:
+            file.write('user_id\trank\titem_id\tscore\ttitle\n')
+            for user, row, scores in zip(run['users'], *recommended):
+                for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
+                    cells = user, rank, run['items'][i], f'{score:.6g}', titles[i]
+                    file.write('\t'.join(' '.join(str(c).split()) for c in cells) + '\n')
+        if os.path.exists(folder):
+            os.rename(folder, os.path.join(part, 'old'))
+        os.rename(new, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def parse(argv=None):
     """The command line -> args, which never leave this file."""
     p = OneLineParser(prog='llminit.py', allow_abbrev=False, description=__doc__.split('\n')[0],
                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add('--dataset', default='ml-100k', help='beauty, toys, tools, office, ml-100k, or your folder')
+    add('--min-rating', default=4., type=between(-1e9, 1e9), help='lower ratings are no positives')
+    add('--core', default=5, type=whole(0), help='interactions that each user and item must have')
+    add('--text-columns', metavar='A,B', help='columns of the item file that make the text')
     add('--strategy', default='var', choices=STRATEGIES, help='which dimensions; none: no text')
     add('--model', default='lightgcn', choices=MODELS, help='morec takes all N dimensions')
     add('--encoder', default='mpnet', help='mpnet, tfidf, an MPNet folder, a .npy or .npz file')
@@ -186,7 +264,13 @@ def parse(argv=None):
     add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='where it runs')
     add('--data', default='data', metavar='DIR', help='datasets lie here or are fetched to here')
     add('--cache', default='~/.cache/llminit', metavar='DIR', help='weights and vectors')
+    add('--save', metavar='DIR', help='write vectors, ids, scores and recommendations to there')
+    add('--load', metavar='DIR', help='a saved run: score and recommend again without training')
+    add('--top', default=10, type=whole(1), help='recommendations for each user')
     args = p.parse_args(argv)
+    if args.load:
+        p.set_defaults(**read_run(args.load)['settings'])
+        args = p.parse_args(argv)                          # what is given now wins
     if args.model == 'morec' and args.strategy != 'none':
         args.strategy = 'full'                             # its projection is its selection
     return args
@@ -226,26 +310,40 @@ def training_settings(args):
 def main(argv=None):
     """One run from data to result row, a line a stage."""
     args, started = parse(argv), time.time()
+    import torch
     import data
     import embed
     import models
     rng, device = np.random.default_rng(args.seed), models.pick_device(args.device)
-    pairs, texts, _, _, ids = data.load(args.dataset, args.data)             # csr (U, I), I texts
+    if args.save:
+        check_folder(args.save)
+    pairs, texts, titles, *names = data.load(                                # csr (U, I), I texts
+        args.dataset, args.data, min_rating=args.min_rating, core=args.core,
+        text_columns=args.text_columns and args.text_columns.split(','))
     train, valid, test = data.split(pairs, rng)                              # csr (U, I) each
-    (U, I), K = train.shape, args.dim
+    (U, I), K, curve = train.shape, args.dim, [{'epoch': 0, 'ndcg': 0.}]
     print(f'{args.dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} '
           f'train, {valid.nnz:,} valid, {test.nnz:,} test', flush=True)
-    if args.strategy == 'none':
+    if args.load:
+        tables = load_run(args.load, *names)                                 # trained before
+        users, items = (torch.from_numpy(table).to(device) for table in tables)
+    elif args.strategy == 'none':
         users0, items0 = xavier(rng, U, K), xavier(rng, I, K)                # without any text
     else:
-        vectors = embed.encode(texts, args.encoder, ids=ids, cache=args.cache, device=device)
+        vectors = embed.encode(texts, args.encoder, ids=names[1], cache=args.cache, device=device)
         items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
                              popular=args.popular, degree=train.getnnz(axis=0))   # (I, K)
         users0 = pool_users(train, items0, args.pool)                        # (U, K)
-    users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
-                                       device=device, **training_settings(args))
+    if not args.load:
+        users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
+                                           device=device, **training_settings(args))
     scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
-    print(result_row(args, scores, curve, users0.size + items0.size, time.time() - started))
+    if args.save or args.load:
+        best = models.recommend(users, items, pairs, args.top)               # (U, top) twice
+        tables = users.cpu(), items.cpu()
+        save_run(args.save or args.load, run_facts(args, scores, names), tables, best, titles)
+    size = items.numel() // I * (U + I) if args.load else users0.size + items0.size
+    print(result_row(args, scores, curve, size, time.time() - started))
 
 
 def command(argv=None):

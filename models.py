@@ -384,6 +384,24 @@ def evaluate(users, items, target, seen=None, k=10):
     return hits[has] / n[has], ndcg
 
 
+def recommend(users, items, seen, n=10):
+    """The n best items of each user: (U, K), (I, K) tensors, csr (U, I) -> (U, n) int64, (U, n).
+
+    Items in `seen` are not recommended. Where fewer than n are left a row ends in item -1. Equal
+    scores come in no particular order.
+    """
+    n, step = min(n, len(items)), max(1, 2 ** 22 // len(items))
+    picked, scores = np.empty((len(users), n), np.int64), np.empty((len(users), n), np.float32)
+    for start in range(0, len(users), step):
+        rows = slice(start, start + step)
+        known = seen[rows]
+        score = users[rows] @ items.T                                                   # (C, I)
+        score[np.repeat(np.arange(len(score)), np.diff(known.indptr)), known.indices] = -torch.inf
+        best, item = (part.cpu().numpy() for part in score.topk(n))
+        scores[rows], picked[rows] = best, np.where(best == -np.inf, -1, item)
+    return picked, scores
+
+
 def sample_negatives(observed, users, rng):
     """One uniform item for each of users (B,) that the user has not in observed (csr (U, I)).
 

@@ -301,6 +301,75 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
     assert sorted(tmp_path.rglob('*')) == before                       # nothing half-written
 
 
+def test_recommend_is_a_sorted_list_of_unseen_items():
+    rng = np.random.default_rng(0)
+    users, items = (torch.from_numpy(rng.standard_normal((n, 4))) for n in (30, 12))
+    seen = rng.random((30, 12)) < .3
+    seen[7] = True
+    seen[8, 1:] = True
+    picked, scores = models.recommend(users, items, sp.csr_matrix(seen.astype(np.float32)), 5)
+    for u in range(30):
+        all_scores = np.where(seen[u], -np.inf, items.numpy() @ users[u].numpy())
+        best = np.argsort(-all_scores)[:min(5, (~seen[u]).sum())]
+        assert picked[u].tolist() == best.tolist() + [-1] * (5 - len(best))
+        np.testing.assert_allclose(scores[u][:len(best)], all_scores[best], rtol=1e-6)
+
+
+def test_a_saved_run_scores_and_recommends_again_without_training(tmp_path, capsys):
+    own, saved = write_planted(tmp_path / 'own'), tmp_path / 'saved'
+    options = ['--dataset', own, '--encoder', 'tfidf', '--dim', 16, '--epochs', 3, '--top', 3]
+    assert llminit.command(list(map(str, [*options, '--save', saved]))) == 0
+    first = capsys.readouterr().out.splitlines()
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert set(files) == {'users.npy', 'items.npy', 'run.json', 'recommendations.tsv'}
+    run = json.loads(files['run.json'])
+    users, items = (np.load(saved / name) for name in llminit.TABLES)
+    assert len(run['users']) == len(users) == 120 and len(run['items']) == len(items) == 60
+    lines = [line.split('\t') for line in files['recommendations.tsv'].decode().splitlines()]
+    assert lines[0] == ['user_id', 'rank', 'item_id', 'score', 'title'] and len(lines) == 361
+    known = set(zip(*(np.array(run[k])[n] for k, n in zip(('users', 'items'), planted().nonzero()))))
+    for user, _, item, score, title in lines[1:]:
+        assert (user, item) not in known and title.endswith(f'number {item[1:]}')
+        expected = users[run['users'].index(user)] @ items[run['items'].index(item)]
+        assert abs(float(score) - expected) < 1e-4
+    assert llminit.command(['--load', str(saved), '--top', '3']) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert len(again) == 4 and again[-1].split(' | ')[:10] == first[-1].split(' | ')[:10]
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['own', 'saved']
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda saved: (saved / 'run.json').unlink(), 'run.json'),
+    (lambda saved: (saved / 'run.json').write_text('{"settings": {"device": "x"}}'), 'run.json'),
+    (lambda saved: (saved / 'run.json').write_text('[]'), 'run.json'),
+    (lambda saved: np.save(saved / 'items.npy', np.full((60, 4), np.nan)), 'a table of shape'),
+    (lambda saved: np.save(saved / 'users.npy', np.array([{}])), ''),
+    (lambda saved: (saved / 'users.npy').write_bytes(b'no'), ''),
+    (lambda saved: (saved.parent / 'own' / 'items.csv').write_text('item_id,title\ni1,a\ni2,b\n'),
+     'nothing left'),
+])
+def test_a_damaged_or_foreign_run_is_one_line(tmp_path, capsys, damage, message):
+    own, saved = write_planted(tmp_path / 'own'), tmp_path / 'saved'
+    options = ['--dataset', own, '--strategy', 'none', '--dim', 4, '--epochs', 1, '--save', saved]
+    assert llminit.command(list(map(str, options))) == 0
+    damage(saved)
+    capsys.readouterr()
+    assert llminit.command(['--load', str(saved)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert message in err[-1] and err[-1].startswith('llminit: error: ')
+    assert sum(line.startswith('llminit:') for line in err) == 1
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, capsys):
+    own = write_planted(tmp_path / 'own')
+    given = ['--dataset', str(own), '--strategy', 'none', '--save']
+    assert llminit.command(given + [str(own)]) == 2
+    assert llminit.command(given + [os.devnull + '/x']) == 2
+    assert all(line.startswith('llminit: error: ') for line in capsys.readouterr().err.splitlines())
+    assert sorted(path.name for path in own.iterdir()) == ['interactions.csv', 'items.csv']
+
+
 @pytest.mark.parametrize('file', ['data.py', 'embed.py', 'llminit.py', 'models.py'])
 def test_each_file_imports_alone_in_an_empty_folder_and_does_nothing(tmp_path, file):
     shutil.copy(HERE / file, tmp_path)
