@@ -1,4 +1,4 @@
-"""Item texts to vectors: all-mpnet-base-v2 in plain torch, TF-IDF, or vectors from a file.
+"""Item texts to vectors: MPNet in plain torch, TF-IDF, an embeddings endpoint, or a file.
 
 The map, in reading order:
   download            a file appears whole and checked, or not at all
@@ -7,7 +7,9 @@ The map, in reading order:
   Tokenizer           lower-cased WordPiece
   MPNet               Song et al. 2020 (arXiv 2004.09297) as sentence-transformers uses it:
                       token vectors -> mean over the tokens -> L2 norm 1
+  cached_rows         vectors on disk, named by everything that changes them
   tfidf, from_file    the two encoders that need no network
+  from_endpoint       any OpenAI-compatible server; every finished batch is kept
   encode              the function people come for
 
 Not here: training, choosing dimensions (llminit.py), other pooling than the mean, checkpoints that
@@ -21,6 +23,7 @@ H heads, V words (TF-IDF).
 """
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -32,6 +35,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
+from email.utils import mktime_tz, parsedate_tz
 from itertools import groupby
 from pathlib import Path
 
@@ -65,6 +69,13 @@ FOLDED_SPECIAL = '<unk>'   # found after lower-casing
 CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
        (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))   # the gap is the tokenizer's
 TFIDF_DIMS = 768           # [ours: as wide as MPNet, so that the two compare]
+OPENAI_URL = 'https://api.openai.com/v1'
+OPENAI_TEXTS, OPENAI_BYTES = 32, 8000  # of a request, of a text [ours: TEI takes 32 by default; a
+                                       # token has a byte or more, so that OpenAI's limits, 8,191
+                                       # tokens a text and 300,000 a request, hold for any text]
+TIMEOUT = 10, 120          # seconds [ours: to connect, between bytes; a CPU needs a minute]
+ATTEMPTS, PAUSE = 7, 1.    # [ours: 1 + 2 + ... + 32 s outlast limits that are per minute]
+LONGEST_PAUSE = 600        # seconds [ours: who is asked to wait longer is told so]
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16,
           'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32}
 
@@ -481,14 +492,15 @@ def fingerprint(texts, *settings):
     return digest.hexdigest()[:32]
 
 
-def cached(path, n_rows, compute):
-    """The array in path, or compute() written there; a damaged file counts as none."""
-    try:
-        vectors = np.load(path, allow_pickle=False)
-        if vectors.ndim == 2 and len(vectors) == n_rows and np.isfinite(vectors).all():
-            return vectors
-    except (OSError, ValueError, EOFError):
-        pass                                         # not there, or not whole: compute it
+def cached(path, compute):
+    """The array in path, or compute() written there; a damaged file counts as none.
+
+    A file is a .npy with the SHA-256 of its bytes behind them, which np.load does not mind.
+    """
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+            return np.load(io.BytesIO(data), allow_pickle=False)
     try:                       # before the long work: a disk that cannot be written shows now
         path.parent.mkdir(parents=True, exist_ok=True)
         part = tempfile.NamedTemporaryFile(dir=path.parent, suffix='.part', delete=False)
@@ -497,10 +509,21 @@ def cached(path, n_rows, compute):
     try:
         with part:
             np.save(part, vectors := compute())
+            part.flush()
+            part.write(bytes.fromhex(sha256_of(part.name)))
         os.replace(part.name, path)
     finally:
         Path(part.name).unlink(missing_ok=True)
     return vectors
+
+
+def cached_rows(texts, cache, name, settings, compute):
+    """Rows of compute(distinct texts), cached, for texts: equal ones are encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    name = re.sub(r'\W+', '-', name)[-60:] + '-' + fingerprint(distinct, *settings)
+    vectors = cached(cache / 'vectors' / f'{name}.npy', lambda: compute(distinct))
+    place = {text: n for n, text in enumerate(distinct)}
+    return vectors[[place[text] for text in texts]]                       # (I, N)
 
 
 def mpnet(texts, encoder, cache, device, dtype):
@@ -512,21 +535,17 @@ def mpnet(texts, encoder, cache, device, dtype):
         folder, checkpoint = cache / NAME, [sha256 for sha256, _ in FILES.values()]
     else:
         folder = Path(encoder)
-        names = [*FILES, *(p.name for p in folder.glob('config.json'))]
         if not all((folder / name).is_file() for name in FILES):
             raise FileNotFoundError(f"{folder}: expected {' and '.join(FILES)} of an MPNet there")
-        checkpoint = [sha256_of(folder / name) for name in names]
-    distinct = list(dict.fromkeys(texts))            # equal texts are encoded once
-    key = fingerprint(distinct, checkpoint, dtype, torch.device(device).type, MAX_TOKENS)
+        checkpoint = [sha256_of(folder / name) for name in FILES]
+    checkpoint += [(path.name, sha256_of(path)) for path in sorted(folder.glob('*config.json'))]
 
-    def compute():
+    def compute(distinct):
         if encoder == 'mpnet':
             fetch_mpnet(folder)
         return run_mpnet(distinct, folder, device, dtype)
-    name = re.sub(r'\W+', '-', folder.resolve().name)
-    vectors = cached(cache / 'vectors' / f'{name}-{key}.npy', len(distinct), compute)
-    place = {text: n for n, text in enumerate(distinct)}
-    return vectors[[place[text] for text in texts]]                       # (I, N)
+    settings = checkpoint, dtype, torch.device(device).type, MAX_TOKENS
+    return cached_rows(texts, cache, folder.resolve().name, settings, compute)
 
 
 def word_counts(texts):
@@ -616,6 +635,118 @@ def from_file(path, n_items, ids):
     return vectors.astype(np.float32)
 
 
+def asked_pause(header):
+    """Seconds that a Retry-After header asks to wait, a number or a date; 0 if it asks nothing."""
+    try:
+        if header.isdecimal():
+            return float(header)
+        return mktime_tz(parsedate_tz(header)) - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def hide(key, text):
+    """Text on one bounded line; a key in it, even if escaped for JSON, is blotted out."""
+    if key:
+        text = re.sub(''.join(fr'(?:\\?{re.escape(char)}|\\u{ord(char):04x})' for char in key),
+                      '***', text, flags=re.IGNORECASE)
+    return ' '.join(text.split())[:300]
+
+
+def read_answer(body, n_texts, width):
+    """(B, N) float32 of an endpoint's JSON, in the order of the texts: the rows are numbered.
+
+    OSError where another try may help, as after half an answer; ValueError where it will not:
+    NaN, infinity, or not `width` numbers a row (None: any).
+    """
+    try:
+        rows = sorted(json.loads(body)['data'], key=lambda row: row['index'])
+        if [row['index'] for row in rows] != list(range(n_texts)):
+            raise ValueError(f'expected the indices 0 to {n_texts - 1}, each once')
+        vectors = np.array([row['embedding'] for row in rows], float)
+        if vectors.ndim != 2 or not vectors.size:
+            raise ValueError('expected lists of numbers')
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise OSError(f'not {n_texts} embeddings ({error!r})') from None
+    if not (np.abs(vectors) <= np.finfo(np.float32).max).all():
+        raise ValueError('an answer holds NaN or infinity; expected finite numbers')
+    if vectors.shape[1] != (width or vectors.shape[1]):
+        raise ValueError(f'an answer of {vectors.shape[1]} numbers a text after one of {width}; '
+                         'if the server has a new model, remove vectors/batches in the cache')
+    return vectors.astype(np.float32)
+
+
+def ask(session, url, key, body, width):
+    """(B, N) float32 of body['input'] from an endpoint: patient, though not for ever."""
+    for attempt in range(ATTEMPTS):
+        try:                           # a redirect could carry texts and key to another host
+            answer = session.post(url, json=body, timeout=TIMEOUT, allow_redirects=False)
+            if answer.status_code == 200:
+                return read_answer(answer.content, len(body['input']), width)
+            trouble = f"{answer.status_code} {answer.content.decode(errors='replace')}"
+            pause = asked_pause(answer.headers.get('Retry-After', ''))
+            final = answer.status_code < 500 and answer.status_code != 429
+        except OSError as error:       # all of requests' are; those of a bad URL ValueErrors too
+            trouble, pause, final = str(error), 0, isinstance(error, ValueError)
+        if final or pause > LONGEST_PAUSE or attempt == ATTEMPTS - 1:
+            break
+        pause = max(pause, PAUSE * 2 ** attempt)
+        if sys.stderr.isatty():
+            print(f'\r{hide(key, trouble)}; again in {pause:.0f} s', file=sys.stderr)
+        time.sleep(pause)
+    later = f'; it asks to wait {pause:.0f} s' if pause > LONGEST_PAUSE else ''
+    raise OSError(f'{url}: {hide(key, trouble)}{later}')
+
+
+def endpoint():
+    """(URL, key or '') of the embeddings endpoint that the environment names."""
+    base = (os.environ.get('OPENAI_BASE_URL', '').strip() or OPENAI_URL).rstrip('/')
+    key = os.environ.get('OPENAI_API_KEY', '').strip()
+    if not re.fullmatch(r'https?://[^\s@?#/]+(/[^\s@?#]*)?', base):
+        raise ValueError('OPENAI_BASE_URL: expected http(s)://host/path without user or query')
+    if not re.fullmatch('[!-~]*', key):
+        raise ValueError('OPENAI_API_KEY: expected ASCII without blanks')
+    return f'{base}/embeddings', key
+
+
+def from_endpoint(texts, model, cache):
+    """(I, N) vectors from `model` of the OpenAI-compatible endpoint that the environment names.
+
+    Every finished batch is kept in cache/vectors/batches until all are there, so that an
+    interrupted run pays for the rest only. A text is cut to OPENAI_BYTES; an empty one is sent as
+    a blank, since servers refuse it. The key goes into the request's header and nowhere else.
+    """
+    url, key = endpoint()
+    if not model:
+        raise ValueError('encoder openai: expected openai:MODEL')
+    raw = [text.encode('utf8', 'replace') for text in texts]
+    n_cut = sum(len(text) > OPENAI_BYTES for text in raw)
+    if n_cut:
+        print(f'note: {n_cut:,} texts cut to {OPENAI_BYTES:,} bytes', file=sys.stderr)
+    settings, kept, start = (url.partition('://')[2], model), [], time.monotonic()
+
+    def compute(distinct):
+        vectors = []
+        with requests.Session() as session:
+            session.auth = lambda request: request   # none: requests would look into .netrc
+            if key:
+                session.headers['Authorization'] = f'Bearer {key}'
+            for n in range(0, len(distinct), OPENAI_TEXTS):
+                batch = distinct[n:n + OPENAI_TEXTS]
+                body = {'model': model, 'input': batch, 'encoding_format': 'float'}
+                width = vectors[0].shape[1] if vectors else None
+                kept.append(cache / 'vectors/batches' / f'{fingerprint(batch, *settings)}.npy')
+                vectors.append(cached(kept[-1], lambda: ask(session, url, key, body, width)))
+                progress(f'{model}: {n + len(batch):,} of {len(distinct):,} texts',
+                         (n + len(batch)) / len(distinct), start)
+        return np.concatenate(vectors)                                    # (I, N)
+    texts = [text[:OPENAI_BYTES].decode('utf8', 'ignore') or ' ' for text in raw]
+    vectors = cached_rows(texts, cache, model, settings, compute)
+    for path in kept:
+        path.unlink(missing_ok=True)
+    return vectors
+
+
 def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device='cpu',
            dtype=None):
     """(I, N) float32 vectors of the item texts, in their order, all finite.
@@ -623,16 +754,17 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
     texts    list of I strings; an empty one is fine
     encoder  'mpnet' (N = 768, fetched once into cache), a folder with an MPNet checkpoint
              (model.safetensors, vocab.txt, config.json if its sizes are not mpnet's), 'tfidf'
-             (N = min(768, I, words)), or the path of a .npy (rows in item order) or .npz (arrays
-             `ids` and `vectors`)
+             (N = min(768, I, words)), 'openai:MODEL' (any OpenAI-compatible /v1/embeddings, of
+             OPENAI_BASE_URL with OPENAI_API_KEY, both from the environment), or the path of a
+             .npy (rows in item order) or .npz (arrays `ids` and `vectors`)
     ids      list of I strings, the items' ids; only a .npz needs them
-    cache    folder for weights (438 MB) and MPNet vectors; vectors are named by a hash of the
-             checkpoint, the texts and the settings, so none of another kind is ever read
+    cache    folder for weights (438 MB) and vectors of MPNet and endpoints, named by a hash of
+             the checkpoint or URL, the texts and the settings: none of another kind is ever read
     device   a torch device; dtype: 'float32', 'bfloat16', 'float16' or None for the fastest that
              the device does well
 
     MPNet and TF-IDF rows have norm 1 (a text without words is zero in TF-IDF); vectors from a file
-    stay as they are. Raises ValueError or OSError with one line that says what to do.
+    or an endpoint stay as they are. Raises ValueError or OSError, one line that says what to do.
     """
     texts, path = list(texts), Path(encoder).expanduser()
     wrong = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
@@ -641,14 +773,16 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
                          f'text {wrong} is a {type(texts[wrong]).__name__}; expected a string')
     if encoder == 'tfidf':
         vectors = tfidf(texts)
+    elif encoder.startswith('openai:'):
+        vectors = from_endpoint(texts, encoder[7:], Path(cache).expanduser())
     elif encoder == 'mpnet' or path.is_dir():
         where = encoder if encoder == 'mpnet' else path
         vectors = mpnet(texts, where, Path(cache).expanduser(), device, dtype)
     elif path.suffix.lower() in ('.npy', '.npz'):
         vectors = from_file(path, len(texts), ids)
     else:
-        raise ValueError(f'encoder {encoder!r}: expected mpnet, tfidf, a .npy or .npz file, or '
-                         'the folder of an MPNet checkpoint')
+        raise ValueError(f'encoder {encoder!r}: expected mpnet, tfidf, openai:MODEL, a .npy or '
+                         '.npz file, or the folder of an MPNet checkpoint')
     wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(wrong):
         raise ValueError(f'{encoder}: {len(wrong)} of {len(texts)} vectors hold NaN or infinity, '

@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
+from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
@@ -1155,12 +1157,14 @@ def test_vector_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(embed, 'run_mpnet', lambda *a: calls.append(a) or run(*a))
     assert (embed.encode(TEXTS, tiny, cache=cache) == first).all() and not calls       # a hit
     good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[-33] ^= 1                                # another number, as finite as the right one
     bad_row = io.BytesIO()
     np.save(bad_row, np.full((10, 24), np.nan, np.float32))
     pickled = io.BytesIO()
     np.save(pickled, np.array([{}], object))
     for damage in (b'', good[:50], good[:-1], b'x' * len(good), bad_row.getvalue(),
-                   pickled.getvalue()):
+                   pickled.getvalue(), flipped):
         file.write_bytes(damage)
         assert (embed.encode(TEXTS, tiny, cache=cache) == first).all()
         assert calls.pop() and not calls and file.read_bytes() == good
@@ -1189,7 +1193,7 @@ def one_line(kind, match, *args, **named):
 
 
 def test_encode_errors(tmp_path):
-    one_line(ValueError, 'expected mpnet, tfidf', ['a'], 'bert', cache=tmp_path)
+    one_line(ValueError, 'expected mpnet, tfidf, openai', ['a'], 'bert', cache=tmp_path)
     one_line(ValueError, 'no texts', [], 'tfidf')
     one_line(ValueError, 'text 1 is a float', ['a', math.nan], 'tfidf')
     one_line(ValueError, 'no text has a word', ['', '...'], 'tfidf')
@@ -1244,6 +1248,168 @@ def test_tfidf_truncated():
     assert found.shape == (200, 20)
     exact = full[:, :20] / np.linalg.norm(full[:, :20], axis=1, keepdims=True)
     assert np.abs((found * exact).sum(1)).min() > .999
+
+
+KEY = 'sk-Quite/Secret+1'
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """/v1/embeddings that counts what is asked and answers by the next entry of its script."""
+
+    def do_POST(self):
+        web, body = self.server, self.rfile.read(int(self.headers['Content-Length']))
+        asked = json.loads(body)['input']
+        web.asked.append(asked)
+        web.headers.append(self.headers)
+        fault = web.script.pop(0) if web.script else {}
+        if fault.get('hang'):
+            web.over.wait(9)
+        rows = [{'index': n, 'embedding': fake_vector(text)} for n, text in enumerate(asked)]
+        rows = fault.get('rows', lambda rows: rows[::-1])(rows)          # out of order, as allowed
+        body = fault.get('body', json.dumps({'data': rows})).encode()
+        self.send_response(fault.get('status', 200))
+        self.send_header('Content-Length', str(len(body) + fault.get('more', 0)))
+        for name, value in fault.get('headers', {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def fake_vector(text):
+    return [len(text), sum(text.encode()) / 7, 1]
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Endpoint)
+    httpd.script, httpd.asked, httpd.headers, httpd.waits = [], [], [], []
+    httpd.over = threading.Event()
+    threading.Thread(target=httpd.serve_forever, args=(.01,), daemon=True).start()
+    monkeypatch.setenv('OPENAI_BASE_URL', f'http://127.0.0.1:{httpd.server_port}/v1/')
+    monkeypatch.setenv('OPENAI_API_KEY', KEY)
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(embed, 'OPENAI_TEXTS', 3)
+    monkeypatch.setattr(embed.time, 'sleep', httpd.waits.append)
+    yield httpd
+    httpd.over.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+WORDS = ['red', '', 'green', 'a tea', 'red', '\u4e2d\u6587', 'b\ud800', 'tea', 'c']
+
+
+def through(endpoint, cache, words=WORDS, model='m'):
+    """What encode makes of words, checked against the vectors that the server makes up."""
+    found = embed.encode(words, f'openai:{model}', cache=cache)
+    clean = [text.replace('\ud800', '?') or ' ' for text in words]
+    assert found.dtype == np.float32
+    assert (found == np.array([fake_vector(text) for text in clean], np.float32)).all()
+    return [len(texts) for texts in endpoint.asked]
+
+
+def no_key(cache, *said):
+    """The key stands in no file of the cache, and in nothing that was said."""
+    kept = [path.read_bytes() + str(path).encode() for path in cache.rglob('*') if path.is_file()]
+    for text in [*said, *(text.decode('latin1') for text in kept)]:
+        assert KEY not in text and KEY.replace('/', '\\/') not in text
+
+
+def test_endpoint(endpoint, tmp_path, capsys, monkeypatch):
+    assert through(endpoint, tmp_path) == [3, 3, 2]                 # equal texts are paid once
+    assert sorted(sum(endpoint.asked, [])) == sorted({' ', 'b?', *WORDS} - {'', 'b\ud800'})
+    assert {h['Authorization'] for h in endpoint.headers} == {f'Bearer {KEY}'}
+    whole, = (tmp_path / 'vectors').rglob('*.npy')                  # and no batch beside it
+    assert len(np.load(whole)) == 8
+    monkeypatch.delenv('OPENAI_API_KEY')                            # the key names no cache
+    (tmp_path / 'netrc').write_text('machine 127.0.0.1 login me password mine')
+    monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))            # which is not looked into
+    assert len(through(endpoint, tmp_path)) == 3                    # a hit asks nothing
+    assert through(endpoint, tmp_path, model='n')[3:] == [3, 3, 2]
+    assert through(endpoint, tmp_path, WORDS[::-1])[6:] == [3, 3, 2]
+    monkeypatch.setattr(embed, 'VERSION', 0)
+    assert through(endpoint, tmp_path)[9:] == [3, 3, 2]
+    assert endpoint.headers[-1]['Authorization'] is None and capsys.readouterr().err == ''
+    embed.encode(['x' * 8001, '\u4e2d' * 8000], 'openai:m', cache=tmp_path)
+    assert [len(text) for text in endpoint.asked[-1]] == [8000, 2666]
+    assert capsys.readouterr().err == 'note: 2 texts cut to 8,000 bytes\n'
+    no_key(tmp_path)
+
+
+BUSY = {'status': 429, 'headers': {'Retry-After': '7'}, 'body': 'slow down'}
+
+
+@pytest.mark.parametrize('script, waits', [
+    ([BUSY], [7]), ([{'status': 500}, {'status': 503}], [1, 2]),
+    ([{'status': 429, 'headers': {'Retry-After': 'Wed, 21 Oct 2015 07:28:00 GMT'}}], [1]),
+    ([{'more': 20}], [1]),                                          # the connection breaks
+    ([{'body': '{"data": [{"ind'}], [1]), ([{'body': '[]'}], [1]), ([{'body': '[' * 9999}], [1]),
+    ([{'hang': True}], [1]), ([{'rows': lambda rows: rows[:2]}], [1]),
+    ([{'rows': lambda rows: rows[:1] * 3}], [1]), ([{'rows': lambda rows: rows + rows[:1]}], [1]),
+    ([{'rows': lambda rows: [row | {'embedding': [1] * row['index']} for row in rows]}], [1])])
+def test_endpoint_that_recovers(endpoint, tmp_path, monkeypatch, script, waits):
+    monkeypatch.setattr(embed, 'TIMEOUT', .5 if 'hang' in script[0] else 9)
+    endpoint.script += script
+    assert through(endpoint, tmp_path) == [3] * len(script) + [3, 3, 2] and endpoint.waits == waits
+
+
+def test_retry_after():
+    later = formatdate(time.time() + 100, usegmt=True)
+    assert 95 < embed.asked_pause(later) <= 100 and embed.asked_pause('0') == 0
+    assert {embed.asked_pause(text) for text in ('', 'soon', '-1', 'nan', '\xb2')} == {0}
+
+
+@pytest.mark.parametrize('script, match, n_asked', [
+    ([{'status': 401, 'body': f'{{"message": "no\nkey {KEY}"}}'}], '401 .*no key [*]', 1),
+    ([{'status': 401, 'body': json.dumps(KEY).replace('/', '\\/')}], '401 "[*]', 1),
+    ([{'status': 307, 'headers': {'Location': 'http://localhost:1/'}}], ': 307', 1),
+    ([BUSY] * 9, 'embeddings: 429 slow down', 3),
+    ([{'status': 429, 'headers': {'Retry-After': '9000'}}], 'asks to wait 9000 s', 1),
+    ([{}, {'rows': lambda rows: [row | {'embedding': [1, 2]} for row in rows]}],
+     '2 numbers a text after one of 3', 2),
+    ([{'rows': lambda rows: [row | {'embedding': [1, 2, math.nan]} for row in rows]}], 'NaN', 1),
+    ([{'rows': lambda rows: [row | {'embedding': [1, 2, 1e39]} for row in rows]}], 'NaN or inf', 1)
+])
+def test_endpoint_that_fails(endpoint, tmp_path, monkeypatch, script, match, n_asked):
+    monkeypatch.setattr(embed, 'ATTEMPTS', 3)
+    endpoint.script += script
+    with pytest.raises((OSError, ValueError), match=match) as error:
+        embed.encode(WORDS, 'openai:m', cache=tmp_path)
+    assert '\n' not in str(error.value) and len(endpoint.asked) == n_asked
+    no_key(tmp_path, str(error.value))
+    endpoint.script.clear()                          # good answers are kept, the bad is not
+    assert through(endpoint, tmp_path)[n_asked:] == [3, 3, 2][n_asked == 2:]
+
+
+def test_interrupted_endpoint_resumes(endpoint, tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+    endpoint.script += [{}, {}, BUSY]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed.time, 'sleep', stop)
+        embed.encode(WORDS, 'openai:m', cache=tmp_path)
+    first, _ = sorted((tmp_path / 'vectors' / 'batches').iterdir())
+    damaged = bytearray(first.read_bytes())
+    damaged[-40] ^= 1                                # one bit of the last number
+    first.write_bytes(damaged)
+    assert sorted(through(endpoint, tmp_path)[3:]) == [2, 3]
+    assert not list((tmp_path / 'vectors' / 'batches').iterdir())
+
+
+def test_endpoint_settings(monkeypatch, tmp_path):
+    for url in ('ftp://host/v1', 'http://', 'http://user:pass@host/v1', 'host:80/v1',
+                'http://h/?q'):
+        monkeypatch.setenv('OPENAI_BASE_URL', url)
+        one_line(ValueError, '^OPENAI_BASE_URL: expected', ['a'], 'openai:m', cache=tmp_path)
+    for url in ('http://h:99999/v1', 'http://[::1/v1', 'http://.h/v1'):     # and at once
+        monkeypatch.setenv('OPENAI_BASE_URL', url)
+        one_line((OSError, ValueError), '.', ['a'], 'openai:m', cache=tmp_path)
+    one_line(ValueError, 'expected openai:MODEL', ['a'], 'openai:', cache=tmp_path)
+    monkeypatch.setenv('OPENAI_API_KEY', 'two\nlines')
+    one_line(ValueError, '^OPENAI_API_KEY: expected ASCII without blanks$', ['a'], 'openai:m')
 
 
 def test_npy(tmp_path):
