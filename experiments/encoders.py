@@ -1,0 +1,114 @@
+"""Texts per second of our MPNet and of sentence-transformers' defaults, side by side in one run.
+
+    python experiments/encoders.py --data DIR --folder MPNET --peer PEER/bin/python
+
+Same weights, same texts: --texts of a dataset's item texts, evenly spaced. MPNET is the whole
+folder sentence-transformers/all-mpnet-base-v2 of the hub, since the peer reads its modules.json.
+The peer has an environment of its own, as sentence-transformers brings much along:
+
+    python -m venv PEER
+    PEER/bin/pip install torch==2.13.0 sentence-transformers==6.2.0
+
+Ours and theirs take turns, `--rounds` times, each in a process of its own with the same threads.
+Theirs is timed without loading the model, ours with it. What is printed are medians over the
+rounds, by the clock and by CPU seconds (which other programs disturb less), the ratio of both to
+the peer, and the least cosine of any text to the peer's float32. bfloat16 is run where the CPU
+multiplies it fast (AMX, AVX512-BF16). Not a test: it asserts nothing.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PEER = '''
+import json, sys, time
+import numpy as np, torch
+from sentence_transformers import SentenceTransformer
+texts, out, folder, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = SentenceTransformer(folder, device='cpu')
+texts = json.load(open(texts))
+wall, cpu = time.perf_counter(), time.process_time()
+vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
+np.save(out, vectors)
+'''
+
+
+def ours(texts, out, folder, threads, dtype):
+    """Encodes the texts once; prints the seconds by the clock and of CPU."""
+    import embed
+    import torch
+    torch.set_num_threads(threads)
+    texts = json.loads(Path(texts).read_text())
+    wall, cpu = time.perf_counter(), time.process_time()
+    vectors = embed.run_mpnet(texts, folder, 'cpu', dtype)
+    print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
+    np.save(out, vectors)
+
+
+def measure(*command):
+    """Seconds by the clock and of CPU: the last line that a process prints."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f'{command[0]} failed: {done.stderr.strip()[-400:]}')
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(runs, vectors, n_texts):
+    """A Markdown row for each encoder; the peer's, if there is one, is what ratios are to."""
+    middle = {name: [statistics.median(column) for column in zip(*rounds)]
+              for name, rounds in runs.items()}
+    peer, oracle = middle.get('peer'), vectors.get('peer')
+    print('| encoder | texts/s | CPU s | speed to peer | by CPU s | least cosine |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    for name, (wall, cpu) in middle.items():
+        beside = (f'{peer[0] / wall:.2f} | {peer[1] / cpu:.2f} | '
+                  f'{(vectors[name] * oracle).sum(1).min():.6f} |' if peer else '| | |')
+        print(f'| {name} | {n_texts / wall:.1f} | {cpu:.1f} | {beside}')
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--data', default='data', help='where the datasets lie')
+    p.add_argument('--dataset', default='beauty')
+    p.add_argument('--folder', required=True, help='all-mpnet-base-v2, all files of the hub')
+    p.add_argument('--texts', type=int, default=400, help='how many, evenly spaced')
+    p.add_argument('--rounds', type=int, default=3)
+    p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--peer', help='python of an environment with sentence-transformers')
+    p.add_argument('--only', nargs=3, help=argparse.SUPPRESS)    # one round of ours, here
+    args = p.parse_args()
+    if args.only:
+        texts, out, dtype = args.only
+        return ours(texts, out, args.folder, args.threads, dtype)
+    import data
+    import embed
+    texts = data.load(args.dataset, args.data)[1]
+    texts = [texts[n] for n in np.linspace(0, len(texts) - 1, args.texts).astype(int)]
+    runs = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        file, out = Path(scratch, 'texts.json'), {}
+        file.write_text(json.dumps(texts))
+        dtypes = dict.fromkeys(['float32', embed.fast_dtype('cpu')])
+        for _ in range(args.rounds):
+            for name in [*(['peer'] if args.peer else []), *dtypes]:
+                out[name] = Path(scratch, f'{name}.npy')
+                command = ((args.peer, '-c', PEER, file, out[name], args.folder, args.threads)
+                           if name == 'peer' else
+                           (sys.executable, __file__, *sys.argv[1:], '--only', file, out[name],
+                            name))
+                runs.setdefault(name, []).append(measure(*command))
+        table(runs, {name: np.load(path) for name, path in out.items()}, len(texts))
+
+
+if __name__ == '__main__':
+    main()
