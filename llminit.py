@@ -245,7 +245,8 @@ def parse(argv=None):
     add('--text-columns', metavar='A,B', help='columns of the item file that make the text')
     add('--strategy', default='var', choices=STRATEGIES, help='which dimensions; none: no text')
     add('--model', default='lightgcn', choices=MODELS, help='morec takes all N dimensions')
-    add('--encoder', default='mpnet', help='mpnet, tfidf, an MPNet folder, a .npy or .npz file')
+    add('--encoder', default='mpnet', help='mpnet, tfidf, openai:MODEL, an MPNet '
+        'folder, a .npy or .npz file')
     add('--dim', default=128, type=whole(1), help='K, the dimensions kept')
     add('--whiten', default=0., type=between(0, 1), help='pca: 0 keeps its widths, 1 evens them')
     add('--popular', default=1., type=between(0, 1), help='var: over this share of items; paper .2')

@@ -330,7 +330,8 @@ def test_a_saved_run_scores_and_recommends_again_without_training(tmp_path, caps
     assert len(run['users']) == len(users) == 120 and len(run['items']) == len(items) == 60
     lines = [line.split('\t') for line in files['recommendations.tsv'].decode().splitlines()]
     assert lines[0] == ['user_id', 'rank', 'item_id', 'score', 'title'] and len(lines) == 361
-    known = set(zip(*(np.array(run[k])[n] for k, n in zip(('users', 'items'), planted().nonzero()))))
+    users_of, items_of = planted().nonzero()
+    known = set(zip(np.array(run['users'])[users_of], np.array(run['items'])[items_of]))
     for user, _, item, score, title in lines[1:]:
         assert (user, item) not in known and title.endswith(f'number {item[1:]}')
         expected = users[run['users'].index(user)] @ items[run['items'].index(item)]
