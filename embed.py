@@ -90,35 +90,76 @@ def progress(label, fraction, start):
         print(f'\r{label}, {left:.0f} s left    ', end=end, file=sys.stderr, flush=True)
 
 
-def download(url, path, sha256=None, size=None):
-    """Fetches url to path: streamed to path.part, checked, renamed; or OSError and no file."""
-    part, digest, done = f'{path}.part', hashlib.sha256(), 0
-    show = sys.stderr.isatty()
+def receive(url, file, size, timeout):
+    """One request for what file still lacks of url; a requests.ConnectionError is worth another."""
+    at = file.seek(0, os.SEEK_END)
+    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={at}-'} if at else {})
+    with requests.get(url, stream=True, timeout=timeout, headers=headers) as answer:
+        code, piece = answer.status_code, answer.headers.get('Content-Range', '')
+        goes_on = code == 206 and piece.startswith(f'bytes {at}-')
+        if code in (200, 206, 416) and not goes_on:
+            at = file.truncate(0)                # Range is not known here, or leads nowhere
+        if code in (206, 408, 416, 429) and not goes_on or code >= 500:
+            raise requests.ConnectionError(f'{code} {answer.reason}', response=answer)
+        answer.raise_for_status()
+        due = at + int(answer.headers.get('Content-Length', 0))
+        for block in answer.iter_content(1 << 16):
+            at += file.write(block)
+            if sys.stderr.isatty():
+                print(f'\r{url}: {at >> 20} of {due >> 20} MB', end='', file=sys.stderr)
+            if size and at > size:               # an answer without end must not fill the disk
+                return
+    if at < due:
+        raise requests.ConnectionError(f'{at} bytes came, {due} were announced')
+
+
+def download(url, path, sha256=None, size=None, *, tries=4, pause=.5, timeout=(10, 60)):
+    """Fetches url to path: streamed into a .part, verified, renamed; or OSError and no file.
+
+    Broken connections, 429 and 5xx are tried again until `tries` in a row brought nothing new,
+    after `pause` seconds doubled each time or what Retry-After asks, a minute at most; a server
+    that knows Range sends only the rest. Each call has a .part of its own: two at once neither
+    mix nor wait. After a failure it stays only where a sha256 will judge it, as
+    path.<sha256>.part; the next call takes it over by a rename, which only one can win.
+    timeout: seconds to connect, and between two pieces.
+    """
+    part, kept = f'{path}.{os.urandom(4).hex()}.part', sha256 and f'{path}.{sha256[:16]}.part'
+    failed = furthest = 0
     try:
-        with requests.get(url, stream=True, timeout=(10, 60),         # seconds
-                          headers={'Accept-Encoding': 'identity'}) as answer, \
-                open(part, 'wb') as file:
-            answer.raise_for_status()
-            size = size or int(answer.headers.get('Content-Length', 0))
-            for block in answer.iter_content(1 << 20):
-                file.write(block)
-                digest.update(block)
-                done += len(block)
-                if show:
-                    print(f'\r{os.path.basename(path)}: {done >> 20} of {size >> 20} MB',
-                          end='', file=sys.stderr)
-        if size and done != size:
-            raise OSError(f'{done} bytes came, {size} were expected')
-        if sha256 and digest.hexdigest() != sha256:
-            raise OSError(f'SHA-256 is {digest.hexdigest()}, expected {sha256}')
+        with contextlib.suppress(OSError):
+            os.rename(kept or '', part)
+        with open(part, 'a+b') as file:
+            while True:
+                try:
+                    receive(url, file, size, timeout)
+                    break
+                except (requests.ConnectionError, requests.Timeout,
+                        requests.exceptions.ChunkedEncodingError) as error:
+                    at = file.seek(0, os.SEEK_END)
+                    failed, furthest = (1, at) if at > furthest else (failed + 1, furthest)
+                    if failed == tries:
+                        raise
+                    asked = getattr(error.response, 'headers', {}).get('Retry-After', '')
+                    wait = int(asked) if asked.isdecimal() else pause * 2 ** (failed - 1)
+                    time.sleep(min(wait, 60))
+            kept = None                          # all of it came: right, or of no use
+            if size and file.tell() != size:
+                raise OSError(f'{file.tell()} bytes came, {size} were expected')
+            file.seek(0)
+            found = hashlib.file_digest(file, 'sha256').hexdigest()
+            if sha256 and found != sha256:
+                raise OSError(f'SHA-256 is {found}, expected {sha256}')
         os.replace(part, path)
-    except (OSError, ValueError) as error:    # requests' own errors are OSErrors
+    except (OSError, ValueError) as error:       # requests' own errors are OSErrors
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
-        if show:
+        if sys.stderr.isatty():
             print(file=sys.stderr)
         with contextlib.suppress(OSError):
-            os.remove(part)
+            if kept and os.path.getsize(part):
+                os.replace(part, kept)
+            else:
+                os.remove(part)
 
 
 def sha256_of(path):

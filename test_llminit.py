@@ -1,9 +1,11 @@
 """Tests of llminit: python -m pytest. No network but loopback; what needs real data or weights
 skips where they are absent, and says so."""
+import concurrent.futures
 import contextlib
 import gzip
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import math
@@ -33,6 +35,8 @@ import models
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared' / 'data'
 torch.set_num_threads(1)         # tiny products: threads only wait for each other
+for leaf in (data, embed):
+    leaf.download.__kwdefaults__['pause'] = .01      # seconds; nobody waits for a test's server
 
 
 # ---- llminit.py: selection and pooling -------------------------------------------------------
@@ -815,25 +819,43 @@ def test_unknown_name_and_unwritable_place(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """server.files[name] = bytes (or (claimed length, bytes)), served on loopback."""
+    """server.files[name] = bytes (or (claimed length, bytes)), served on loopback.
+
+    server.acts[name] = what it does to one request after the other before it behaves: a status,
+    'cut' or 'hang' in the middle, 'whole' and 'wrong' for one that knows no Range or answers it
+    with other bytes. server.asked: [(name, Range or None)]."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            body = web.files.get(self.path.lstrip('/'))
+            name, asked = self.path.lstrip('/'), self.headers.get('Range')
+            web.asked.append((name, asked))
+            act, body = next(web.acts.get(name, iter(())), None), web.files.get(name)
             length, body = body if isinstance(body, tuple) else (len(body or b''), body)
-            self.send_response(404 if body is None else 200)
-            self.send_header('Content-Length', str(length))
+            start = int(asked[6:-1]) if asked and act != 'whole' else 0
+            status = 404 if body is None else 416 if start >= length > 0 else 206 if start else 200
+            self.send_response(act if isinstance(act, int) else status)
+            if isinstance(act, int):
+                self.send_header('Retry-After', '0' if act == 429 else 'Mon, 1 Jan 2035')
+                start, length, body = 0, 3, b'no\n'
+            if start:
+                self.send_header('Content-Range', f'bytes {start + (act == "wrong")}-/{length}')
+            self.send_header('Content-Length', str(max(length - start, 0)))
             self.end_headers()
-            self.wfile.write(body or b'')
+            body = (body or b'')[start:]
+            self.wfile.write(body[:len(body) // 2] if act in ('cut', 'hang') else body)
+            if act == 'hang':
+                web.over.wait(5)
 
         def log_message(self, *args):
             pass
     web = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    web.files, web.url = {}, f'http://127.0.0.1:{web.server_port}/'
+    web.files, web.acts, web.asked, web.over = {}, {}, [], threading.Event()
+    web.url = f'http://127.0.0.1:{web.server_port}/'
     thread = threading.Thread(target=web.serve_forever, kwargs={'poll_interval': .01})
     thread.start()
     monkeypatch.setattr(data, 'AMAZON_URL', web.url)
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     yield web
+    web.over.set()
     web.shutdown()
     thread.join()
     web.server_close()
@@ -918,6 +940,79 @@ def test_download_checks_what_came(server, tmp_path):
     with pytest.raises(OSError, match='no/such'):
         data.download(server.url + 'f', str(tmp_path / 'no/such'))
     assert [file.name for file in tmp_path.iterdir()] == ['f']
+
+
+BIG = np.random.default_rng(0).bytes(400_000)
+HALF = len(BIG) // 2
+
+
+@pytest.mark.parametrize('acts, ranges', [
+    (['cut'], 1), (['cut', 'cut', 503, 'cut'], 4), ([500, 502], 0), ([429], 0), ([416], 0),
+    (['cut', 'whole'], 1), (['cut', 'wrong'], 1), (['cut', 416], 1), (['hang'], 1),
+    (['cut', 429, 500, 'cut', 500, 500, 'cut'], 7)])
+def test_download_goes_on_after(server, tmp_path, acts, ranges):
+    server.files['f'], server.acts['f'] = BIG, iter(acts)
+    data.download(server.url + 'f', str(tmp_path / 'f'), timeout=(5, .3 if 'hang' in acts else 5))
+    assert (tmp_path / 'f').read_bytes() == BIG and len(list(tmp_path.iterdir())) == 1
+    assert len(server.asked) == len(acts) + ('whole' not in acts)
+    assert sum(asked is not None for _, asked in server.asked) == ranges
+
+
+@pytest.mark.parametrize('acts', [[500] * 9, ['cut', 'whole'] * 9, ['hang'] * 9, [404], [403]])
+def test_download_gives_up_and_leaves_nothing(server, tmp_path, acts):
+    server.files['f'] = (len(BIG), BIG[:HALF]) if acts[0] == 'cut' else BIG
+    server.acts['f'] = iter(acts)
+    with pytest.raises(OSError, match=server.url + 'f: ') as caught:
+        data.download(server.url + 'f', str(tmp_path / 'f'), timeout=(1, .05), tries=3)
+    assert not list(tmp_path.iterdir()) and '\n' not in str(caught.value)
+    assert len(server.asked) <= (1 if acts[0] in (404, 403) else 9)
+
+
+def test_a_part_is_kept_where_a_hash_will_judge_it(server, tmp_path):
+    path, right = str(tmp_path / 'f'), hashlib.sha256(BIG).hexdigest()
+    server.files['f'], server.acts['f'] = BIG, iter(['cut', 500, 500, 500])
+    with pytest.raises(OSError, match='500'):
+        data.download(server.url + 'f', path, right, tries=3)
+    part, = tmp_path.iterdir()
+    assert part.name == f'f.{right[:16]}.part' and 0 < part.stat().st_size <= HALF
+    size = part.stat().st_size
+    data.download(server.url + 'f', path, right, len(BIG))
+    assert server.asked[-1] == ('f', f'bytes={size}-') and list(tmp_path.iterdir()) == [tmp_path / 'f']
+    part.write_bytes(b'other bytes' + BIG[11:HALF])             # damaged meanwhile
+    with pytest.raises(OSError, match='SHA-256'):
+        data.download(server.url + 'f', path, right)
+    assert list(tmp_path.iterdir()) == [tmp_path / 'f']         # and the next call starts afresh
+
+
+def test_an_endless_answer_is_stopped(server, tmp_path):
+    server.files['f'] = bytes(1 << 20)
+    with pytest.raises(OSError, match='bytes came, 70000 were expected'):
+        data.download(server.url + 'f', str(tmp_path / 'f'), size=70_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_downloads_at_once_do_not_mix(server, tmp_path):
+    path, right = str(tmp_path / 'f'), hashlib.sha256(BIG).hexdigest()
+    server.files['f'], server.acts['f'] = BIG, iter(['cut'] * 6)
+    (tmp_path / f'f.{right[:16]}.part').write_bytes(BIG[:1000])
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: data.download(server.url + 'f', path, right), range(8)))
+    assert Path(path).read_bytes() == BIG and len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_processes_fetch_one_set(server, tmp_path):
+    server.files['Amazon_Toys_and_Games.zip'] = zipped(**complete())
+    program = ('import data, sys; data.AMAZON_URL = sys.argv[1]; '
+               'print(data.load("toys", sys.argv[2])[0].nnz)')
+    runs = [subprocess.Popen([sys.executable, '-c', program, server.url, str(tmp_path)], cwd=HERE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [run.communicate(timeout=60)[0] for run in runs] == [b'25\n', b'25\n']
+    assert [path.name for path in tmp_path.iterdir()] == ['amazon-toys-games']
+
+
+@pytest.mark.parametrize('name', ['receive', 'download'])
+def test_the_two_copies_are_equal(name):
+    assert inspect.getsource(getattr(data, name)) == inspect.getsource(getattr(embed, name))
 
 
 def test_ml_100k_comes_through_pip(tmp_path, monkeypatch):
