@@ -7,7 +7,8 @@ The data of LLMInit (arXiv 2503.01814): keep ratings >= 4, drop interactions of 
 metadata, count a repeated pair once, then 5-core; leave one out per user, in random order.
 
 Datasets
-    beauty, toys, tools, office    Amazon 2014, zips of RecBole atomic files
+    beauty, toys, tools, office    Amazon 2014, zips of RecBole atomic files; if they cannot be
+                                   had, the raw files of 2014, which add a column description
     ml-100k                        MovieLens-100k, out of the recbole wheel, through pip
     a folder of your own           one file with the columns user_id and item_id (rating and
                                    timestamp if you have them), one with item_id and text
@@ -29,12 +30,14 @@ Does not: order by time, keep ratings as weights, guess columns by content, clea
 U users, I items, E interactions. Needs numpy, scipy and requests. MIT licence, from LLMInit's
 reference implementation.
 """
+import ast
 import codecs
 import contextlib
 import csv
 import gzip
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -42,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from collections import defaultdict
@@ -58,6 +62,10 @@ FOLDERS = {'beauty': 'amazon-beauty', 'toys': 'amazon-toys-games',    # [ours: R
 ZIPS = {'beauty': 'Amazon_Beauty.zip', 'toys': 'Amazon_Toys_and_Games.zip',
         'tools': 'Amazon_Tools_and_Home_Improvement.zip',
         'office': 'Amazon_Office_Products.zip'}                       # [authors' code]
+RAW_URL = 'http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/'
+RAW_REVIEW = 'user_id:token\titem_id:token\trating:float\ttimestamp:float\n'
+RAW_ITEM = ('item_id:token\ttitle:token_seq\tbrand:token_seq\tcategories:token_seq\t'
+            'description:token_seq\n')
 ML_100K_WHEEL = 'recbole==1.2.1'       # [ours: real data for who reaches nothing but PyPI]
 ML_100K_SHA256 = {'.inter': '4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff',
                   '.item': '51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532'}
@@ -68,6 +76,7 @@ SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
 MIN_RATING, CORE = 4.0, 5              # [paper]
 AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' source holds]
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
+MAX_LINE = 1 << 20                     # bytes of a raw record [ours: 10 times a long one]
 CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
 
@@ -194,15 +203,75 @@ def unpack(archive, suffix, path):
         raise ValueError(f'{name}: not a sound zip ({error})') from None
 
 
-def fetch_amazon(dataset, scratch):
-    """Downloads the zip of an Amazon set; its path. (A second source goes here.)"""
+def from_zip(dataset, scratch, paths):
+    """An Amazon set out of RecBole's zip."""
     archive = os.path.join(scratch, ZIPS[dataset])
     download(AMAZON_URL + ZIPS[dataset], archive)
-    return archive
+    for path, suffix in zip(paths, SUFFIXES):
+        unpack(archive, suffix, path)
 
 
-def fetch_wheel(scratch):
-    """Downloads the wheel that carries ml-100k with pip, installing nothing; its path."""
+def convert(source, path, header, parse, row):
+    """Streams a gz file of one record a line into an atomic file; ValueError if it is damaged.
+
+    parse: a line to its record; row: the record to its cells, or None to leave it out. A line
+    that either cannot take is skipped and counted.
+    """
+    name, bad = os.path.basename(source), 0
+    try:
+        with gzip.open(source) as lines, open(path, 'w', encoding='utf-8', errors='replace') \
+                as file, warnings.catch_warnings():
+            warnings.simplefilter('ignore')      # odd escapes in a literal
+            file.write(header)
+            while line := lines.readline(MAX_LINE):
+                try:
+                    cells = row(parse(line.decode()))
+                except (ValueError, SyntaxError, TypeError, KeyError, AttributeError,
+                        MemoryError, RecursionError):      # nested too deep
+                    bad += 1
+                    continue
+                if cells:
+                    cells = (' '.join(str(cell).split()) for cell in cells)
+                    file.write('\t'.join(cells) + '\n')
+                if lines.tell() > MAX_UNPACKED:
+                    raise ValueError(f'{name}: refused, unpacks to over {MAX_UNPACKED:,} bytes')
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{name}: not a sound gz file ({error})') from None
+    if bad:
+        note(f'{name}: {bad} malformed lines skipped')
+
+
+def from_raw(dataset, scratch, paths):
+    """An Amazon set out of the raw files of 2014, whose items have a description as well.
+
+    Reviews are JSON, items Python literals, which are read and never run. The reviews are the
+    5-core of all ratings, and that holds the 5-core of the high ones. Only reviewed items stay.
+    """
+    name, reviewed = ZIPS[dataset][len('Amazon_'):-len('.zip')], set()
+    sources = [os.path.join(scratch, f'{kind}.json.gz')
+               for kind in (f'reviews_{name}_5', f'meta_{name}')]
+    for source in sources:
+        download(RAW_URL + os.path.basename(source), source)
+
+    def review(record):
+        cells = (record['reviewerID'], record['asin'], float(record['overall']),
+                 record['unixReviewTime'])
+        reviewed.add(record['asin'])
+        return cells
+
+    def item(record):
+        if record['asin'] in reviewed:
+            names = [name for path in record.get('categories') or [] for name in path]
+            return (record['asin'], record.get('title') or '', record.get('brand') or '',
+                    ', '.join(dict.fromkeys(names)), record.get('description') or '')
+    convert(sources[0], paths[0], RAW_REVIEW, json.loads, review)
+    convert(sources[1], paths[1], RAW_ITEM, ast.literal_eval, item)
+    if not reviewed:
+        raise ValueError(f'{os.path.basename(sources[0])}: no reviews in it')
+
+
+def from_wheel(dataset, scratch, paths):
+    """ml-100k out of a wheel that pip downloads, installing nothing."""
     command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
                '--disable-pip-version-check', '--only-binary=:all:', '--dest', scratch,
                ML_100K_WHEEL]
@@ -211,23 +280,28 @@ def fetch_wheel(scratch):
     if ran.returncode or not wheels:
         said = (ran.stderr.strip() or 'no wheel came').splitlines()[-1]
         raise OSError(f'pip download {ML_100K_WHEEL} failed: {said}')
-    return os.path.join(scratch, wheels[0])
+    for path, suffix in zip(paths, SUFFIXES):
+        unpack(os.path.join(scratch, wheels[0]), os.path.basename(path), path)
+        with open(path, 'rb') as file:
+            found = hashlib.file_digest(file, 'sha256').hexdigest()
+        if found != ML_100K_SHA256[suffix]:
+            raise ValueError(f'{dataset}{suffix} in {ML_100K_WHEEL}: SHA-256 is {found}, '
+                             f'expected {ML_100K_SHA256[suffix]}')
 
 
 def fetch(dataset, scratch):
-    """Brings a dataset's two atomic files into the folder scratch; their paths, checked."""
-    wheel = dataset == 'ml-100k'
-    archive = fetch_wheel(scratch) if wheel else fetch_amazon(dataset, scratch)
+    """Brings a dataset's two files into scratch from the first source that can; their paths."""
     paths = [os.path.join(scratch, FOLDERS[dataset] + suffix) for suffix in SUFFIXES]
-    for path, suffix in zip(paths, SUFFIXES):
-        unpack(archive, os.path.basename(path) if wheel else suffix, path)
-        if wheel:
-            with open(path, 'rb') as file:
-                found = hashlib.sha256(file.read()).hexdigest()
-            if found != ML_100K_SHA256[suffix]:
-                raise ValueError(f'ml-100k{suffix} in {ML_100K_WHEEL}: SHA-256 is {found}, '
-                                 f'expected {ML_100K_SHA256[suffix]}')
-    return paths
+    errors = []
+    for source in (from_wheel,) if dataset == 'ml-100k' else (from_zip, from_raw):
+        try:
+            source(dataset, scratch, paths)
+            if errors:
+                note(f'{dataset}: from the second source, because {errors[0]}')
+            return paths
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    raise OSError(f'{dataset}: no source has it: {"; ".join(errors)}')
 
 
 def dataset_files(dataset, folder):
@@ -242,7 +316,7 @@ def dataset_files(dataset, folder):
                 for source, path in zip(fresh, paths):
                     os.replace(source, path)
             except (ValueError, OSError) as error:
-                raise OSError(f'{error}; or place {paths[0]} and .item there by hand') from None
+                raise OSError(f'{error}; place {paths[0]} and .item beside it by hand') from None
     return paths
 
 

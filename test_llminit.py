@@ -853,6 +853,7 @@ def server(tmp_path, monkeypatch):
     thread = threading.Thread(target=web.serve_forever, kwargs={'poll_interval': .01})
     thread.start()
     monkeypatch.setattr(data, 'AMAZON_URL', web.url)
+    monkeypatch.setattr(data, 'RAW_URL', web.url)
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     yield web
     web.over.set()
@@ -977,7 +978,8 @@ def test_a_part_is_kept_where_a_hash_will_judge_it(server, tmp_path):
     assert part.name == f'f.{right[:16]}.part' and 0 < part.stat().st_size <= HALF
     size = part.stat().st_size
     data.download(server.url + 'f', path, right, len(BIG))
-    assert server.asked[-1] == ('f', f'bytes={size}-') and list(tmp_path.iterdir()) == [tmp_path / 'f']
+    assert server.asked[-1] == ('f', f'bytes={size}-')
+    assert list(tmp_path.iterdir()) == [tmp_path / 'f']
     part.write_bytes(b'other bytes' + BIG[11:HALF])             # damaged meanwhile
     with pytest.raises(OSError, match='SHA-256'):
         data.download(server.url + 'f', path, right)
@@ -1002,7 +1004,7 @@ def test_two_downloads_at_once_do_not_mix(server, tmp_path):
 
 def test_two_processes_fetch_one_set(server, tmp_path):
     server.files['Amazon_Toys_and_Games.zip'] = zipped(**complete())
-    program = ('import data, sys; data.AMAZON_URL = sys.argv[1]; '
+    program = ('import data, sys; data.AMAZON_URL = data.RAW_URL = sys.argv[1]; '
                'print(data.load("toys", sys.argv[2])[0].nnz)')
     runs = [subprocess.Popen([sys.executable, '-c', program, server.url, str(tmp_path)], cwd=HERE,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -1013,6 +1015,66 @@ def test_two_processes_fetch_one_set(server, tmp_path):
 @pytest.mark.parametrize('name', ['receive', 'download'])
 def test_the_two_copies_are_equal(name):
     assert inspect.getsource(getattr(data, name)) == inspect.getsource(getattr(embed, name))
+
+
+def raw_files(reviews, items):
+    return {'reviews_Toys_and_Games_5.json.gz': gzip.compress(b'\n'.join(reviews)),
+            'meta_Toys_and_Games.json.gz': gzip.compress(b'\n'.join(items) + b'\n')}
+
+
+def raw_review(user, item, rating=5.0):
+    return json.dumps({'reviewerID': user, 'asin': item, 'reviewText': 'so\nso', 'overall': rating,
+                       'unixReviewTime': 1390000000}).encode()
+
+
+REVIEWS = [raw_review(f'u{u}', f'i{i}') for u in range(5) for i in range(5)]
+ITEMS = [repr({'asin': f'i{i}', 'title': "Ball's\t\n" + chr(233), 'brand': None, 'price': 6.99,
+               'description': f'A "{i}" ball', 'related': {'also_bought': ['x']},
+               'categories': [['Toys', 'Balls & Co'], ['Toys', 'Red']]}).encode()
+         for i in (3, 1, 0, 2, 4)]
+
+
+def test_the_raw_files_are_the_second_source(server, tmp_path, capsys):
+    evil = tmp_path / 'evil'
+    items = [f'__import__("os").system("touch {evil}")'.encode(),
+             f"{{'asin': 'i0', 'title': open({str(evil)!r}, 'w')}}".encode(), b"{'asin': 'i7'}",
+             b"{'asin': 'i8', 'title': 'never reviewed'}", *ITEMS, b'[1]', b'\xff', b'(' * 9999,
+             b'-' * 9999 + b'1', b"{'asin': ['i1']}", b"{'asin': 'i1', 'categories': 3}",
+             b"{'title': 0}"]
+    server.files |= raw_files([b'{"reviewerID": "u9", "asin": "i7"}', b'{', b'[' * 99999, *REVIEWS,
+                               raw_review('u0', 'i9'), raw_review('u1', 'i0', 'good')], items)
+    matrix, texts, titles, users, ids = data.load('toys', str(tmp_path / 'd'))
+    assert not evil.exists() and matrix.shape == (5, 5) and ids == ['i3', 'i1', 'i0', 'i2', 'i4']
+    assert texts[0] == "Ball's \xe9 Toys, Balls & Co, Red" and users == [f'u{u}' for u in range(5)]
+    said = capsys.readouterr().err
+    assert 'reviews_Toys_and_Games_5.json.gz: 4 malformed lines skipped' in said
+    assert 'meta_Toys_and_Games.json.gz: 9 malformed lines skipped' in said
+    assert 'from the second source, because http' in said and said.count('\n') == 4
+    assert data.load('toys', str(tmp_path / 'd'), text_columns=['description'])[1][0][2] == '"'
+    assert [path.name for path in (tmp_path / 'd').iterdir()] == ['amazon-toys-games']
+
+
+@pytest.mark.parametrize('message, change', [
+    ('no reviews in it', lambda files: raw_files([b'<html>'], ITEMS)),
+    ('not a sound gz', lambda files: {name: body[:-9] for name, body in files.items()}),
+    ('not a sound gz', lambda files: dict.fromkeys(files, b'<html>moved</html>')),
+    ('refused, unpacks to over', lambda files: raw_files(REVIEWS * 100, ITEMS)),
+    ('404', lambda files: dict(list(files.items())[:1])),
+])
+def test_all_sources_fail_in_one_line(server, tmp_path, monkeypatch, message, change):
+    monkeypatch.setattr(data, 'MAX_UNPACKED', 9999)
+    server.files |= change(raw_files(REVIEWS, ITEMS))
+    text = fails(message, 'toys', str(tmp_path))
+    assert 'toys: no source has it: ' + server.url + 'Amazon_Toys_and_Games.zip: 404' in text
+    assert text.endswith('amazon-toys-games.inter and .item beside it by hand')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overlong_raw_line_is_not_held(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, 'MAX_LINE', 200)
+    server.files |= raw_files(REVIEWS, [b"{'asin': '" + b'x' * 500 + b"'}", *ITEMS[:-1], ITEMS[-1]])
+    assert data.load('toys', str(tmp_path), core=1)[0].shape == (5, 5)
+    assert 'meta_Toys_and_Games.json.gz: 3 malformed' in capsys.readouterr().err
 
 
 def test_ml_100k_comes_through_pip(tmp_path, monkeypatch):
