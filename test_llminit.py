@@ -667,8 +667,10 @@ def test_filters_on_a_hand_made_example(folder, capsys):
     said = capsys.readouterr()
     assert said.out == '' and said.err == (
         f'note: {own}: 9 rows: 8 positive, 7 of them with items of the item file, 6 distinct, '
-        '4 in the 2-core\n')
-    assert data.load(own, core=1)[4] == ['c', 'a', 'b']
+        '4 in the 2-core\n'
+        'note: 2 users with fewer than 3 interactions: with 2 they train and test, with 1 they '
+        'only train\n')
+    assert data.load(own, core=1)[4] == data.load(own, core=0)[4] == ['c', 'a', 'b']
     assert edges(data.load(own, core=1, min_rating=5)) == {('u3', 'b'), ('u1', 'a'), ('u2', 'a'),
                                                            ('u4', 'c')}
 
@@ -701,6 +703,25 @@ def test_text_columns(folder):
     assert texts == ['big and red Ball 1999'] and titles == ['Ball']     # price: numbers only
     assert data.load(own, core=1, text_columns=['name', 'price'])[1] == ['Ball 9.5']
     fails('no column colour; found item_id, price', own, core=1, text_columns=['name', 'colour'])
+
+
+def test_what_the_settings_can_do_wrong_is_said(folder):
+    own = folder(i__csv='user_id,item_id,rating\na,1,5\nb,1,4\n',
+                 items__csv='item_id,Title\n1,x\n')
+    fails('nothing left of 2 rows: 0 positive', own, core=1, min_rating=6)
+    fails('0 in the 3-core; lower min_rating or core', own, core=3)
+    fails('no column title; found item_id, Title', own, text_columns=['title'])
+    fails('no text column', own, text_columns=[])
+    assert edges(data.load(own, core=1, min_rating=5)) == {('a', '1')}
+    assert edges(data.load(own, core=1, min_rating=-np.inf)) == {('a', '1'), ('b', '1')}
+
+
+def test_other_scripts(folder):
+    text = 'Größe \u200b中文 \u0928\u092e\u0938 \u05e9\u05dc\u05d5\u05dd 🧴'
+    own = folder(i__csv='user_id,item_id\nпользователь,三\n',
+                 items__csv=f'item_id,t\n三,{text}\n')
+    loaded = data.load(own, core=1)
+    assert loaded[1] == [text] and edges(loaded) == {('пользователь', '三')}
 
 
 # -- the reader --------------------------------------------------------------------------------
