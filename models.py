@@ -349,22 +349,29 @@ def target_ranks(users, items, target, seen=None):
     target's own score is read from the matrix that it is compared with, so ties are exact.
     """
     pair_user, pair_item = target.nonzero()
-    out = np.empty(len(pair_user), np.int64)
+    below = np.empty(len(pair_user), np.int64)
+    if seen is not None:
+        seen = seen[pair_user]                                                          # (P, I)
+        row = np.repeat(np.arange(len(below)), np.diff(seen.indptr))   # the pair of a seen item
+        higher = np.empty(len(row), bool)
     step = max(1, 2 ** 20 // len(items))                   # [ours: 4 MiB of scores, in the cache]
-    buffer = torch.empty(min(step, len(out)), len(items), device=items.device)
-    for start in range(0, len(out), step):
+    buffer = torch.empty(min(step, len(below)), len(items), device=items.device)
+    for start in range(0, len(below), step):
         u, i = pair_user[start:start + step], pair_item[start:start + step]
         scores = torch.mm(users[u], items.T, out=buffer[:len(u)])                       # (C, I)
-        own = scores[np.arange(len(u)), i]                                              # (C,)
-        above = len(items) - 1                             # less those below, less those seen
+        own = scores[np.arange(len(u)), i][:, None]                                     # (C, 1)
         if seen is not None:
-            taken = seen[u]                                                             # (C, I)
-            row = np.repeat(np.arange(len(u)), np.diff(taken.indptr))
-            higher = ~(scores[row, taken.indices] < own[row]).cpu().numpy()
-            above = above - np.bincount(row[higher & (taken.indices != i[row])], minlength=len(u))
-        below = scores.lt_(own[:, None]).sum(1)            # in place, 0. or 1.: exact to 2^24 items
-        out[start:start + step] = above - below.cpu().numpy().astype(np.int64)
-    return out
+            some = slice(*seen.indptr[[start, start + len(u)]])
+            local = torch.from_numpy(row[some] - start).to(items.device)
+            item = torch.from_numpy(seen.indices[some]).to(items.device)
+            theirs = scores.take(local * len(items) + item)
+            higher[some] = (~(theirs < own[local, 0])).cpu()
+        count = scores.lt_(own).sum(1)                     # in place, 0. or 1.: exact to 2^24 items
+        below[start:start + step] = count.cpu()
+    ranks = len(items) - 1 - below
+    if seen is not None:
+        ranks -= np.bincount(row[higher & (seen.indices != pair_item[row])], minlength=len(ranks))
+    return ranks
 
 
 def evaluate(users, items, target, seen=None, k=10):
