@@ -797,6 +797,12 @@ def test_any_bytes_give_data_or_one_line(tmp_path_factory, inter, item, packed):
             assert '\n' not in str(error)
 
 
+def test_a_short_fuzz_run():
+    ran = subprocess.run([sys.executable, 'experiments/fuzz.py', '--files', '200'], cwd=HERE,
+                         capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stdout.startswith('fuzz: 200 files from seed 0: '), ran
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 IDS = 'user_id,item_id\na,1\n'
