@@ -472,33 +472,38 @@ class MPNet(nn.Module):
 
 
 def settings_of(folder):
-    """Sizes and token limit of an MPNet folder in the layout of the hub; MPNet's where none say."""
+    """Sizes and token limit of an MPNet folder in the hub's layout; MPNet's if no file says."""
     def read(name):
         path = Path(folder, name)
         return json.loads(path.read_text(encoding='utf8')) if path.is_file() else {}
-    found, sentence, pooling = map(read, CONFIGS)
-    sizes = {key: found.get(key, size) for key, size in SIZES.items()}
-    limit = min(sentence.get('max_seq_length') or MAX_TOKENS,
-                sizes['max_position_embeddings'] - PAD - 1)
-    modes = [key for key, on in pooling.items() if key.startswith('pooling_mode_') and on is True]
-    modes = pooling.get('pooling_mode') or modes     # the name, or older: one switch for each
-    further = [path.name for path in Path(folder).glob('2_*') if path.name != '2_Normalize']
-    if further or pooling and modes not in ('mean', ['mean'], ['pooling_mode_mean_tokens']):
-        raise ValueError(f'pooling {modes}, then {further}: expected the mean, then the norm')
+    try:
+        found, sentence, pooling = map(read, CONFIGS)
+        sizes = {key: found.get(key, size) for key, size in SIZES.items()}
+        limit = int(min(sentence.get('max_seq_length') or MAX_TOKENS,
+                        sizes['max_position_embeddings'] - PAD - 1))
+        on = [key for key, on in pooling.items() if 'pooling_mode_' in key and on is True]
+        mode = pooling.get('pooling_mode') or on     # by name, or older: a switch for each
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: one of {', '.join(CONFIGS)} is damaged ({error})") from None
+    further = [path.parent.name for path in Path(folder).glob('[2-9]_*/config.json')
+               if 'Normalize' not in path.parent.name]
+    if further or limit < 2 or pooling and mode not in ('mean', ['mean'],
+                                                        ['pooling_mode_mean_tokens']):
+        raise ValueError(f'{folder}: {limit} tokens a text, pooling {mode}, then {further}; '
+                         'expected mean pooling and at most the norm behind it')
     return sizes, limit
 
 
 def load_mpnet(folder):
     """Tokenizer, MPNet and token limit of a folder with vocab.txt and model.safetensors."""
     path = Path(folder, 'model.safetensors')
+    sizes, limit = settings_of(folder)
     try:
-        sizes, limit = settings_of(folder)
         vocab = Path(folder, 'vocab.txt').read_text(encoding='utf8').rstrip('\n').split('\n')
         with torch.device('meta'):                   # no memory: the file's tensors are assigned
             model = MPNet(sizes)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f'{folder}: a config.json or vocab.txt is damaged or of no MPNet that is '
-                         f'known here ({error})') from None
+        raise ValueError(f'{folder}: config.json or vocab.txt is damaged ({error})') from None
     if len(vocab) > sizes['vocab_size'] or sizes['hidden_size'] % sizes['num_attention_heads']:
         raise ValueError(f'{folder}: the {len(vocab)} lines of vocab.txt, or the heads, do not '
                          f'fit the sizes {sizes}')
@@ -613,14 +618,12 @@ def mpnet(texts, encoder, cache, device, dtype):
         if not all((folder / name).is_file() for name in FILES):
             raise FileNotFoundError(f"{folder}: expected {' and '.join(FILES)} of an MPNet there")
         checkpoint = [sha256_of(folder / name) for name in FILES]
-    checkpoint += [sha256_of(folder / name) if (folder / name).is_file() else name
-                   for name in CONFIGS]
+    settings = checkpoint, *settings_of(folder), dtype, torch.device(device).type
 
     def compute(distinct):
         if encoder == 'mpnet':
             fetch_mpnet(folder)
         return run_mpnet(distinct, folder, device, dtype)
-    settings = checkpoint, dtype, torch.device(device).type, MAX_TOKENS
     return cached_rows(texts, cache, folder.resolve().name, settings, compute)
 
 
@@ -745,10 +748,10 @@ def read_answer(body, n_texts, width):
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise OSError(f'not {n_texts} embeddings ({error!r})') from None
     if not (np.abs(vectors) <= np.finfo(np.float32).max).all():
-        raise ValueError('an answer holds NaN or infinity; expected finite numbers')
+        raise ValueError('the endpoint answers with NaN or infinity; expected finite numbers')
     if vectors.shape[1] != (width or vectors.shape[1]):
-        raise ValueError(f'an answer of {vectors.shape[1]} numbers a text after one of {width}; '
-                         'if the server has a new model, remove vectors/batches in the cache')
+        raise ValueError(f'the endpoint answers with {vectors.shape[1]} numbers, before with '
+                         f'{width}; if its model is new, remove vectors/batches in the cache')
     return vectors.astype(np.float32)
 
 

@@ -1403,12 +1403,16 @@ def test_encode_errors(tmp_path):
     ('config.json', '{"hidden_size": 24, "num_attention_heads": 3}', 'of these sizes'),
     ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'fit'),
     ('sentence_bert_config.json', '{"max_seq_length": "x"}', 'damaged'),
-    ('1_Pooling/config.json', '{"pooling_mode_cls_token": true}', 'cls_token.*expected the mean'),
-    ('1_Pooling/config.json', '{"pooling_mode": "max"}', 'pooling max.*expected the mean'),
-    ('1_Pooling/config.json', '{"pooling_mode": ["mean", "max"]}', 'expected the mean'),
-    ('2_Dense/config.json', '{}', "then .'2_Dense'.: expected")])
+    ('sentence_bert_config.json', '{"max_seq_length": -5}', '-5 tokens a text'),
+    ('sentence_bert_config.json', '{"max_seq_length": NaN}', 'damaged'),
+    ('1_Pooling/config.json', '[]', 'damaged'),
+    ('1_Pooling/config.json', '{"pooling_mode_cls_token": true}', 'cls_token.*expected mean'),
+    ('1_Pooling/config.json', '{"pooling_mode": "max"}', 'pooling max, .*expected mean'),
+    ('1_Pooling/config.json', '{"pooling_mode": ["mean", "max"]}', 'expected mean'),
+    ('2_Dense/config.json', '{}', "then .'2_Dense'.; expected")])
 def test_damaged_checkpoint(tmp_path, name, text, match):
     tiny_mpnet(tmp_path / 'tiny')
+    embed.encode(['a'], str(tmp_path / 'tiny'), cache=tmp_path)     # a cache does not hide it
     (tmp_path / 'tiny' / name).parent.mkdir(exist_ok=True)
     (tmp_path / 'tiny' / name).write_text(text)
     one_line(ValueError, match, ['a'], str(tmp_path / 'tiny'), cache=tmp_path)
@@ -1581,7 +1585,7 @@ def test_retry_after():
     ([BUSY] * 9, 'embeddings: 429 slow down', 3),
     ([{'status': 429, 'headers': {'Retry-After': '9000'}}], 'asks to wait 9000 s', 1),
     ([{}, {'rows': lambda rows: [row | {'embedding': [1, 2]} for row in rows]}],
-     '2 numbers a text after one of 3', 2),
+     'with 2 numbers, before with 3', 2),
     ([{'rows': lambda rows: [row | {'embedding': [1, 2, math.nan]} for row in rows]}], 'NaN', 1),
     ([{'rows': lambda rows: [row | {'embedding': [1, 2, 1e39]} for row in rows]}], 'NaN or inf', 1)
 ])
