@@ -76,7 +76,7 @@ SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
 MIN_RATING, CORE = 4.0, 5              # [paper]
 AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' source holds]
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
-MAX_LINE = 1 << 20                     # bytes of a raw record [ours: 10 times a long one]
+MAX_LINE = 1 << 20                     # bytes of a raw record [ours: no honest record is longer]
 CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
 
@@ -260,7 +260,7 @@ def from_raw(dataset, scratch, paths):
         return cells
 
     def literal(line):
-        asin = re.search("'asin': '(.*?)'", line)      # a look spares most the 100 times slower way
+        asin = re.search("'asin': '(.*?)'", line)      # spares most of them the slow way
         return ast.literal_eval(line) if not asin or asin[1] in reviewed else {'asin': None}
 
     def item(record):
