@@ -18,6 +18,7 @@ embed.py and models.py beside it. MIT licence.
 Shapes: U users, I items, N encoder width, K kept dimensions.
 """
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -54,8 +55,7 @@ PAPER = {
     ('office', 'lightgcn'): '.0745/.0365 .0773/.0387 .0791/.0395 .0816/.0414',
     ('office', 'sgl'): '.0669/.0297 .0810/.0426 .0773/.0350 .0794/.0421',
     ('office', 'sgcl'): '.0647/.0298 .0770/.0365 .0742/.0354 .0776/.0366',
-    ('beauty', 'morec'): '.0857/.0397 .0857/.0397 .0857/.0397 .0857/.0397',          # Table 3
-    ('toys', 'morec'): '.0793/.0362 .0793/.0362 .0793/.0362 .0793/.0362',
+    ('beauty', 'morec'): '.0857/.0397', ('toys', 'morec'): '.0793/.0362',            # Table 3
 }
 
 
@@ -95,7 +95,7 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     The selections keep values as they are. ValueError for K > N, for vectors that are not finite.
     """
     I, N = vectors.shape
-    if not 1 <= K <= N:
+    if not 1 <= K <= N and strategy not in ('full', 'noise', 'proj'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose --dim between 1 and {N}')
     if not np.isfinite(vectors).all():
         bad = (~np.isfinite(vectors)).any(axis=1).sum()
@@ -137,6 +137,13 @@ def pool_users(train, items0, pool='mean'):
 def xavier(rng, rows, K):
     """The baselines' random start [authors' code], uniform on +-sqrt(6 / (rows + K)): (rows, K)."""
     return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that have none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -181,55 +188,96 @@ def read_run(folder):
     return run
 
 
-def run_facts(args, scores, names):
-    """What run.json holds: settings, scores, and the ids of users and items in row order."""
+def digest(*matrices):
+    """Hex digest of csr matrices: which split a run was trained and tested on."""
+    parts = (np.asarray(a, np.int64).tobytes() for m in matrices for a in (m.indptr, m.indices))
+    return hashlib.sha256(b''.join(parts)).hexdigest()
+
+
+def run_facts(args, scores, split, facts, names):
+    """What run.json holds: settings, scores, the split's digest, the ids in the order of rows."""
+    settings = {name: getattr(args, name) for name in sorted(KEPT)}
+    if os.path.isdir(args.dataset):
+        settings['dataset'] = os.path.abspath(args.dataset)
     recall, ndcg = (float(score.mean()) for score in scores)
-    return {'settings': {name: getattr(args, name) for name in sorted(KEPT)},
-            'scores': {'Recall@10': recall, 'NDCG@10': ndcg}, 'users': names[0], 'items': names[1]}
+    return {'settings': settings, 'scores': {'Recall@10': recall, 'NDCG@10': ndcg}, **facts,
+            'split': digest(*split), 'users': names[0], 'items': names[1]}
 
 
-def load_run(folder, user_ids, item_ids):
-    """users (U, K), items (I, K) of a saved run, for the same users and items as it was saved."""
+def read_run(folder):
+    """The run.json of a saved run; ValueError or OSError with one line if it is not one."""
+    with open(os.path.join(folder, 'run.json'), encoding='utf8') as file:
+        try:
+            run = json.load(file)
+            if set(run['settings']) != KEPT or not (isinstance(run['users'], list)
+                                                    and isinstance(run['items'], list)):
+                raise ValueError('other settings than this version has')
+            return run | {'best epoch': int(run['best epoch']), 'K': int(run['K']),
+                          'parameters': int(run['parameters']), 'split': str(run['split'])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{folder}/run.json is not of a saved run ({error!r})') from None
+
+
+def load_run(folder, split, names):
+    """users (U, K), items (I, K), facts of a saved run, only for the split it was saved with."""
     run = read_run(folder)
-    if (run['users'], run['items']) != (user_ids, item_ids):
+    if (run['users'], run['items'], run['split']) != (*names, digest(*split)):
         raise ValueError(f"{folder} was saved for {len(run['users'])} users and {len(run['items'])}"
-                         f' items; the data hold {len(user_ids)} and {len(item_ids)}, or others')
+                         f' items; the data hold {len(names[0])} and {len(names[1])}, or other '
+                         'interactions: train anew')
     tables = [np.load(os.path.join(folder, name), allow_pickle=False) for name in TABLES]
-    for table, ids in zip(tables, (user_ids, item_ids)):
+    for table, ids in zip(tables, names):
         if table.ndim != 2 or len(table) != len(ids) or not np.isfinite(table).all():
             raise ValueError(f'{folder}: a table of shape {table.shape} for {len(ids)} ids')
-    return tables
+    return *tables, {name: run[name] for name in ('best epoch', 'K', 'parameters')}
 
 
 def check_folder(folder):
     """OSError or ValueError now, not after the training, where a run could not be saved."""
-    if os.path.exists(folder) and not os.path.isfile(os.path.join(folder, 'run.json')):
-        raise ValueError(f'{folder} is there and is not a saved run: choose another --save')
+    if os.path.exists(folder):
+        others = set(os.listdir(folder)) - {*TABLES, 'run.json', 'recommendations.tsv'}
+        if others:
+            raise ValueError(f'{folder} holds other files than a saved run: choose another --save')
     parent = os.path.dirname(os.path.abspath(folder))
-    os.makedirs(parent, exist_ok=True)
-    os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=parent))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=parent))
+    except OSError as error:
+        raise OSError(f'cannot save to {folder}: {error.strerror}') from None
+
+
+def write_recommendations(path, recommended, names, titles):
+    """A line for each user and rank, best first; written beside and renamed."""
+    blanks = str.maketrans('\t\r\n', '   ')
+    with open(path + '.part', 'w', encoding='utf8') as file:
+        file.write('user_id\trank\titem_id\tscore\ttitle\n')
+        for user, row, scores in zip(names[0], *recommended):
+            for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
+                cells = user, rank, names[1][i], f'{score:.6g}', titles[i]
+                file.write('\t'.join(str(cell).translate(blanks) for cell in cells) + '\n')
+    os.replace(path + '.part', path)
 
 
 def save_run(folder, run, tables, recommended, titles):
     """Write a run: users.npy (U, K), items.npy (I, K), run.json (settings, scores, the ids in the
     order of the rows), recommendations.tsv. All of it stands in `folder`, or what stood before."""
     part = tempfile.mkdtemp(prefix='.part-', dir=os.path.dirname(os.path.abspath(folder)))
-    new = os.path.join(part, 'new')
+    new, old = os.path.join(part, 'new'), os.path.join(part, 'old')
     try:
         os.mkdir(new)
         for name, table in zip(TABLES, tables):
             np.save(os.path.join(new, name), table)
         with open(os.path.join(new, 'run.json'), 'w', encoding='utf8') as file:
             json.dump(run, file, indent=1)
-        with open(os.path.join(new, 'recommendations.tsv'), 'w', encoding='utf8') as file:
-            file.write('user_id\trank\titem_id\tscore\ttitle\n')
-            for user, row, scores in zip(run['users'], *recommended):
-                for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
-                    cells = user, rank, run['items'][i], f'{score:.6g}', titles[i]
-                    file.write('\t'.join(' '.join(str(c).split()) for c in cells) + '\n')
+        names = run['users'], run['items']
+        write_recommendations(os.path.join(new, 'recommendations.tsv'), recommended, names, titles)
         if os.path.exists(folder):
-            os.rename(folder, os.path.join(part, 'old'))
-        os.rename(new, folder)
+            os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -237,7 +285,7 @@ def save_run(folder, run, tables, recommended, titles):
 def parse(argv=None):
     """The command line -> args, which never leave this file."""
     p = OneLineParser(prog='llminit.py', allow_abbrev=False, description=__doc__.split('\n')[0],
-                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                      formatter_class=Help)
     add = p.add_argument
     add('--dataset', default='ml-100k', help='beauty, toys, tools, office, ml-100k, or your folder')
     add('--min-rating', default=4., type=between(-1e9, 1e9), help='lower ratings are no positives')
@@ -258,7 +306,7 @@ def parse(argv=None):
         'items stay in the ranking')
     add('--preset', default='ours', choices=PRESETS, help='of the next three')
     add('--batch', type=whole(1), help='interactions a step')
-    add('--lr', type=between(0, 100), help="Adam's learning rate")
+    add('--lr', type=between(1e-9, 100), help="Adam's learning rate")
     add('--patience', type=whole(1), help='epochs without a better validation')
     add('--epochs', default=300, type=whole(1), help='at most so many')
     add('--seed', default=0, type=whole(0), help='of split, start and training')
@@ -266,32 +314,37 @@ def parse(argv=None):
     add('--data', default='data', metavar='DIR', help='datasets lie here or are fetched to here')
     add('--cache', default='~/.cache/llminit', metavar='DIR', help='weights and vectors')
     add('--save', metavar='DIR', help='write vectors, ids, scores and recommendations to there')
-    add('--load', metavar='DIR', help='a saved run: score and recommend again without training')
+    add('--load', metavar='DIR', help='a saved run: score, recommend again, no training')
     add('--top', default=10, type=whole(1), help='recommendations for each user')
     args = p.parse_args(argv)
     if args.load:
-        p.set_defaults(**read_run(args.load)['settings'])
-        args = p.parse_args(argv)                          # what is given now wins
-    if args.model == 'morec' and args.strategy != 'none':
+        usual = vars(p.parse_args([]))
+        given = [name for name in sorted(KEPT) if getattr(args, name) != usual[name]]
+        if given:
+            p.error(f'a saved run has its own settings: leave out {", ".join(given)}')
+        kept = [f'--{name.replace("_", "-")}={value}' for name, value
+                in read_run(args.load)['settings'].items() if value is not None]
+        args = p.parse_args(kept + list(sys.argv[1:] if argv is None else argv))
+    if args.model == 'morec' and args.strategy not in ('none', 'noise'):
         args.strategy = 'full'                             # its projection is its selection
     return args
 
 
-def result_row(args, scores, curve, n_parameters, seconds):
+def result_row(args, scores, facts, seconds):
     """A Markdown table of one row; with --seen keep the paper's figure stands beside ours."""
-    best = max(curve, key=lambda epoch: epoch['ndcg'])['epoch']
     usual = vars(parse([]))
     told = ('encoder', 'whiten', 'popular', 'pool', 'anchor', 'views', 'tau', 'batch', 'lr',
-            'patience')
+            'patience', 'epochs', 'core', 'min_rating', 'text_columns')
     other = ' '.join(f'{name}={value}' for name, value in vars(args).items()
                      if name in told and value != usual[name])
     cells = {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
              'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}',
-             'seen': args.seen, 'preset': args.preset, 'K': args.dim, 'other': other or '-',
-             'seed': args.seed, 'best epoch': best, 'parameters': n_parameters,
-             'seconds': round(seconds)}
+             'seen': args.seen, 'preset': args.preset, 'K': facts['K'], 'other': other or '-',
+             'seed': args.seed, 'best epoch': facts['best epoch'],
+             'parameters': facts['parameters'], 'seconds': round(seconds)}
     if args.seen == 'keep' and (args.dataset, args.model) in PAPER:
-        figures = dict(zip(STRATEGIES, PAPER[args.dataset, args.model].split()))
+        which = ('full',) if args.model == 'morec' else STRATEGIES
+        figures = dict(zip(which, PAPER[args.dataset, args.model].split()))
         cells['paper'] = figures.get(args.strategy, '-')
     lines = cells.keys(), ['---'] * len(cells), cells.values()
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
@@ -302,7 +355,8 @@ def training_settings(args):
     # the other examples of a batch are SGCL's negatives: more of them are another loss
     ours = args.preset == 'ours' and args.model != 'sgcl'
     preset = OUR_TRAINING if ours else PAPER_TRAINING
-    settings = {name: getattr(args, name) or value for name, value in preset.items()}
+    settings = {name: value if getattr(args, name) is None else getattr(args, name)
+                for name, value in preset.items()}
     settings |= {name: getattr(args, name) for name in ('seen', 'epochs', 'anchor')}
     own = {'sgl': ('views', 'tau'), 'sgcl': ('tau',), 'morec': ('dim',)}.get(args.model, ())
     return settings | {name: getattr(args, name) for name in own}
@@ -321,30 +375,37 @@ def main(argv=None):
     pairs, texts, titles, *names = data.load(                                # csr (U, I), I texts
         args.dataset, args.data, min_rating=args.min_rating, core=args.core,
         text_columns=args.text_columns and args.text_columns.split(','))
-    train, valid, test = data.split(pairs, rng)                              # csr (U, I) each
-    (U, I), K, curve = train.shape, args.dim, [{'epoch': 0, 'ndcg': 0.}]
+    train, valid, test = split = data.split(pairs, rng)                      # csr (U, I) each
+    (U, I), K = train.shape, args.dim
     print(f'{args.dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} '
           f'train, {valid.nnz:,} valid, {test.nnz:,} test', flush=True)
+    if not test.nnz:
+        raise ValueError('no user has two interactions, so there is nothing to test with')
     if args.load:
-        tables = load_run(args.load, *names)                                 # trained before
+        *tables, facts = load_run(args.load, split, names)                   # trained before
         users, items = (torch.from_numpy(table).to(device) for table in tables)
-    elif args.strategy == 'none':
-        users0, items0 = xavier(rng, U, K), xavier(rng, I, K)                # without any text
     else:
-        vectors = embed.encode(texts, args.encoder, ids=names[1], cache=args.cache, device=device)
-        items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
-                             popular=args.popular, degree=train.getnnz(axis=0))   # (I, K)
-        users0 = pool_users(train, items0, args.pool)                        # (U, K)
-    if not args.load:
+        if args.strategy == 'none':
+            users0, items0 = xavier(rng, U, K), xavier(rng, I, K)            # without any text
+        else:
+            vectors = embed.encode(texts, args.encoder, ids=names[1], cache=args.cache,
+                                   device=device)                            # (I, N)
+            items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
+                                 popular=args.popular, degree=train.getnnz(axis=0))  # (I, K)
+            users0 = pool_users(train, items0, args.pool)                    # (U, K)
         users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
                                            device=device, **training_settings(args))
+        facts = {'best epoch': [epoch['epoch'] for epoch in curve if epoch['best']][-1],
+                 'K': items.shape[1], 'parameters': users0.size + items0.size}
     scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
     if args.save or args.load:
         best = models.recommend(users, items, pairs, args.top)               # (U, top) twice
-        tables = users.cpu(), items.cpu()
-        save_run(args.save or args.load, run_facts(args, scores, names), tables, best, titles)
-    size = items.numel() // I * (U + I) if args.load else users0.size + items0.size
-    print(result_row(args, scores, curve, size, time.time() - started))
+    if args.save:
+        save_run(args.save, run_facts(args, scores, split, facts, names),
+                 (users.cpu(), items.cpu()), best, titles)
+    elif args.load:
+        write_recommendations(os.path.join(args.load, 'recommendations.tsv'), best, names, titles)
+    print(result_row(args, scores, facts, time.time() - started))
 
 
 def command(argv=None):

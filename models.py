@@ -80,7 +80,7 @@ def spmm(block, x):
     a sparse torch tensor (M, N).
 
     On a CPU a weighted sum of rows is what embedding_bag computes, in half the time or less of
-    torch's and scipy's CSR products [measured, README].
+    torch's and scipy's CSR products [measured, see Speed in README.md].
     """
     if isinstance(block, torch.Tensor):
         return block @ x
@@ -150,9 +150,14 @@ def dot(a, b):
     return (a * b).sum(1)
 
 
+def length(x):
+    """Lengths of rows, (B, K) -> (B, 1), at least 1e-4, which bounds the gradient of a zero row."""
+    return dot(x, x).clamp_min(1e-8).sqrt()[:, None]
+
+
 def unit(x):
     """Rows of length 1: (B, K) -> (B, K). A zero row stays zero."""
-    return x / dot(x, x).clamp_min(1e-24).sqrt()[:, None]
+    return x / length(x)
 
 
 def bpr(positive, negative):
@@ -164,29 +169,30 @@ class InfoNCE(torch.autograd.Function):
     """sum_b -log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ), SGL eq. (10) -> scalar.
 
     q (B, K) and k (M, K) are the rows of queries and keys at length 1, own (B,) int64; all keys
-    compete, the positive among them. The sum is the logsumexp around the largest value possible,
-    1/tau, and its softmax is not built: backward weighs the K-wide sides of two products instead.
+    compete, the positive among them. The softmax of the logsumexp is not built: backward weighs
+    the K-wide sides of two products instead.
     """
 
     @staticmethod
     def forward(ctx, queries, keys, own, tau):
-        lengths = [dot(x, x).clamp_min(1e-24).sqrt_()[:, None] for x in (queries, keys)]
+        lengths = [length(x) for x in (queries, keys)]
         q, k = queries / lengths[0], keys / lengths[1]
         logits = torch.mm(q / tau, k.T)                                                 # (B, M)
         positive = logits.gather(1, own[:, None]).sum()
-        mass = logits.sub_(1 / tau).exp_()
+        top = logits.amax(1, keepdim=True)                                              # (B, 1)
+        mass = logits.sub_(top).exp_()
         total = mass.sum(1, keepdim=True)                                               # (B, 1)
         ctx.save_for_backward(q, k, own, mass, total, *lengths)
         ctx.tau = tau
-        return (total.log() + 1 / tau).sum() - positive
+        return (total.log() + top).sum() - positive
 
     @staticmethod
     def backward(ctx, grad):
         q, k, own, mass, total, *lengths = ctx.saved_tensors
         grad_q = torch.mm(mass, k).div_(total).sub_(k[own])                             # (B, K)
         grad_k = torch.mm(mass.T, q / total).index_add_(0, own, q, alpha=-1)            # (M, K)
-        for x, g, length in ((q, grad_q, lengths[0]), (k, grad_k, lengths[1])):
-            g.addcmul_(x, dot(x, g)[:, None], value=-1).mul_(grad / ctx.tau / length)   # of x / |x|
+        for x, g, size in ((q, grad_q, lengths[0]), (k, grad_k, lengths[1])):
+            g.addcmul_(x, dot(x, g)[:, None], value=-1).mul_(grad / ctx.tau / size)     # of x / |x|
         return grad_q, grad_k, None, None
 
 
@@ -318,8 +324,8 @@ class SGCL(LightGCN):
 class MoRec(LightGCN):
     """Frozen text vectors behind one trainable projection: users0 (U, N), items0 (I, N) -> K.
 
-    A user is the mean of the history's vectors, so the projection of users0 is the mean of the
-    projected items. Trained with BPR. The projection starts Xavier-uniform.
+    Where users0 are means of item vectors, their projection is the mean of the projected items.
+    Trained with BPR. The projection starts Xavier-uniform [authors' code for tables], from rng.
     """
 
     def __init__(self, graph, users0, items0, n_layers=0, device='cpu', dim=128, rng=None):
@@ -341,6 +347,7 @@ class MoRec(LightGCN):
 MODELS = {'lightgcn': LightGCN, 'sgl': SGL, 'sgcl': SGCL, 'morec': MoRec, 'bpr': BPR}
 
 
+@torch.no_grad()
 def target_ranks(users, items, target, seen=None):
     """How many items rank above each target: (U, K), (I, K), csr (U, I) with P pairs -> (P,).
 
@@ -349,28 +356,22 @@ def target_ranks(users, items, target, seen=None):
     target's own score is read from the matrix that it is compared with, so ties are exact.
     """
     pair_user, pair_item = target.nonzero()
-    below = np.empty(len(pair_user), np.int64)
-    if seen is not None:
-        seen = seen[pair_user]                                                          # (P, I)
-        row = np.repeat(np.arange(len(below)), np.diff(seen.indptr))   # the pair of a seen item
-        higher = np.empty(len(row), bool)
+    ranks = np.empty(len(pair_user), np.int64)
     step = max(1, 2 ** 20 // len(items))                   # [ours: 4 MiB of scores, in the cache]
-    buffer = torch.empty(min(step, len(below)), len(items), device=items.device)
-    for start in range(0, len(below), step):
+    buffer = items.new_empty(min(step, len(ranks)), len(items))
+    for start in range(0, len(ranks), step):
         u, i = pair_user[start:start + step], pair_item[start:start + step]
         scores = torch.mm(users[u], items.T, out=buffer[:len(u)])                       # (C, I)
         own = scores[np.arange(len(u)), i][:, None]                                     # (C, 1)
+        above = len(items) - 1                             # less those below, less those seen
         if seen is not None:
-            some = slice(*seen.indptr[[start, start + len(u)]])
-            local = torch.from_numpy(row[some] - start).to(items.device)
-            item = torch.from_numpy(seen.indices[some]).to(items.device)
-            theirs = scores.take(local * len(items) + item)
-            higher[some] = (~(theirs < own[local, 0])).cpu()
-        count = scores.lt_(own).sum(1)                     # in place, 0. or 1.: exact to 2^24 items
-        below[start:start + step] = count.cpu()
-    ranks = len(items) - 1 - below
-    if seen is not None:
-        ranks -= np.bincount(row[higher & (seen.indices != pair_item[row])], minlength=len(ranks))
+            taken = seen[u]                                                             # (C, I)
+            row = np.repeat(np.arange(len(u)), np.diff(taken.indptr))
+            where = [torch.from_numpy(x).to(items.device) for x in (row, taken.indices)]
+            higher = (~(scores[where[0], where[1]] < own[where[0], 0])).cpu().numpy()
+            above = above - np.bincount(row[higher & (taken.indices != i[row])], minlength=len(u))
+        below = scores.lt_(own).sum(1)                     # in place, 0. or 1.: exact to 2^24 items
+        ranks[start:start + step] = above - below.cpu().numpy().astype(np.int64)
     return ranks
 
 
@@ -391,6 +392,7 @@ def evaluate(users, items, target, seen=None, k=10):
     return hits[has] / n[has], ndcg
 
 
+@torch.no_grad()
 def recommend(users, items, seen, n=10):
     """The n best items of each user: (U, K), (I, K) tensors, csr (U, I) -> (U, n) int64, (U, n).
 
@@ -451,7 +453,7 @@ def captured(step, part):
 
 
 def train_epoch(model, step, observed, batch, rng):
-    """All training pairs once, in random order, each with one negative -> the mean loss.
+    """All training pairs once, in random order, each with one negative -> the batches' mean loss.
 
     step: (3, B) int64 of users, positives, negatives -> the loss, after one update. On CUDA the
     first three steps run as they are, on a stream of their own as recording wants it; then the
@@ -460,6 +462,8 @@ def train_epoch(model, step, observed, batch, rng):
     model.new_epoch(rng)
     users, positives = (a.astype(np.int64) for a in observed.nonzero())
     can = np.diff(observed.indptr)[users] < observed.shape[1]          # is there any negative?
+    if not can.any():
+        raise ValueError('no user lacks any item: there is nothing to rank')
     order = rng.permutation(np.flatnonzero(can))
     users, positives = users[order], positives[order]
     triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, E)
@@ -478,7 +482,7 @@ def train_epoch(model, step, observed, batch, rng):
         else:
             loss = run(part) if whole else step(part)
         total += loss.detach() * part.shape[1]
-    return float(total) / max(len(order), 1)
+    return float(total) / len(order)
 
 
 def optimiser(model, lr, anchor):
@@ -501,16 +505,24 @@ def optimiser(model, lr, anchor):
     return step
 
 
+def say(line):
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
+
+
 def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300, batch=256,
-          lr=1e-3, patience=10, anchor=0., device='cpu', log=print, **settings):
+          lr=1e-3, patience=10, anchor=0., device='cpu', log=say, **settings):
     """Train a model -> users (U, K), items (I, K) of its best epoch by validation NDCG@10, curve.
 
     name: key of MODELS; observed, valid: csr (U, I); users0 (U, K), items0 (I, K): the start; rng:
     numpy Generator; settings: of the model. seen='mask' ranks no training items in validation,
     'keep' leaves them in [authors' code]. epochs 300, batch 256, Adam lr 1e-3, patience 10
-    [authors' code]; anchor: see optimiser(). curve: a dict for each epoch. Without validation
-    pairs the last epoch counts. ValueError if training diverges.
+    [authors' code]; anchor: see optimiser(). curve: a dict for each epoch, 'best' where it is
+    the best so far. Without validation pairs the last epoch is. ValueError if training diverges.
     """
+    observed = observed.sorted_indices()                   # sample_negatives needs it
+    if name == 'morec':
+        settings['rng'] = rng
     model = MODELS[name](adjacency(observed), users0, items0, device=device, **settings)
     step, hidden = optimiser(model, lr, anchor), observed if seen == 'mask' else None
     best, best_epoch, curve = -1., 0, []
@@ -522,10 +534,12 @@ def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300
         users, items = model.embeddings()
         recall, ndcg = (np.mean(x) if valid.nnz else np.nan
                         for x in evaluate(users, items, valid, hidden))
-        if not ndcg <= best:
+        better = not ndcg <= best
+        if better:
             best, best_epoch, kept = ndcg, epoch, (users, items)
         seconds = time.perf_counter() - start
-        curve.append(dict(epoch=epoch, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds))
+        curve.append(dict(epoch=epoch, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
+                          best=better))
         log(f'epoch {epoch:3d}  loss {loss:8.4f}  valid Recall@10 {recall:.4f}  NDCG@10 {ndcg:.4f}'
             f'  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
         if epoch - best_epoch >= patience:
