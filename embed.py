@@ -164,11 +164,8 @@ def download(url, path, sha256=None, size=None, *, tries=4, pause=.5, timeout=(1
 
 def sha256_of(path):
     """SHA-256 of a file. 438 MB take half a second, so weights are hashed at every load."""
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def verify(folder):

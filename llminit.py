@@ -175,19 +175,6 @@ def between(low, high):
     return number
 
 
-def read_run(folder):
-    """The run.json of a saved run; ValueError or OSError with one line if it is not one."""
-    with open(os.path.join(folder, 'run.json'), encoding='utf8') as file:
-        try:
-            run = json.load(file)
-            unknown = set(run['settings']) - KEPT
-            if unknown or not isinstance(run['users'], list) or not isinstance(run['items'], list):
-                raise ValueError(f'unknown {sorted(unknown)}')
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{folder}/run.json is not of a saved run ({error})') from None
-    return run
-
-
 def digest(*matrices):
     """Hex digest of csr matrices: which split a run was trained and tested on."""
     parts = (np.asarray(a, np.int64).tobytes() for m in matrices for a in (m.indptr, m.indices))
@@ -276,7 +263,8 @@ def save_run(folder, run, tables, recommended, titles):
         try:
             os.rename(new, folder)
         except OSError:
-            os.rename(old, folder)
+            if os.path.exists(old):
+                os.rename(old, folder)
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
