@@ -25,6 +25,8 @@ Shapes: U users, I items, K dimensions, N text dimensions, B batch, L layers, R 
 P pairs.
 Needs numpy, scipy, torch. MIT licence, from LLMInit's reference implementation.
 """
+import contextlib
+import ctypes
 import time
 import warnings
 
@@ -90,22 +92,44 @@ def spmm(block, x):
 
 
 class Propagate(torch.autograd.Function):
-    """z = 1/(L+1) sum_l A_hat^l E, and E itself, at rows (R,): table (U+I, K) -> two (R, K).
+    """z = 1/(L+1) sum_l A_hat^l E of all nodes: table (U+I, K) -> (U+I, K). graphs: A_hat of each
+    layer. A_hat is its own transpose, so backward is Horner's rule for the same sum."""
 
-    field: receptive_field(...) of the rows; or, with rows None for all rows, [(None, A_hat)] * L.
-    Backward is the transposed product, layer by layer downwards; only the field is kept.
+    @staticmethod
+    def forward(ctx, table, graphs):
+        ctx.graphs = graphs
+        x = table.detach()             # as a leaf it would make embedding_bag prepare a backward
+        total = x if graphs else x.clone()
+        for layer, graph in enumerate(graphs):
+            x = spmm(graph, x)
+            total = total.add_(x) if layer else total + x          # in place but for the table
+        return total.div_(len(graphs) + 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        share = grad / (len(ctx.graphs) + 1)
+        grad = share
+        for graph in reversed(ctx.graphs):
+            grad = spmm(graph, grad).add_(share)
+        return grad, None
+
+
+class PropagateAt(torch.autograd.Function):
+    """z as above, and E itself, at rows (R,) alone: table (U+I, K) -> two (R, K).
+
+    field: receptive_field(...) of the rows; all that is kept for the backward pass.
     """
 
     @staticmethod
     def forward(ctx, table, rows, field):
         ctx.rows, ctx.field, ctx.size = rows, field, len(table)
         ctx.set_materialize_grads(False)               # an output that nobody used costs nothing
-        x = table.detach()             # as a leaf it would make embedding_bag prepare a backward
-        start = x.clone() if rows is None else x.index_select(0, rows)                  # (R, K)
+        x = table.detach()
+        start = x.index_select(0, rows)                                                 # (R, K)
         total = start.clone()
         for at, block in field:
             x = spmm(block, x)                                                          # (M_l, K)
-            total += x if at is None else x.index_select(0, at)      # twice as fast as x[at]
+            total += x.index_select(0, at)                           # twice as fast as x[at]
         return total.div_(len(field) + 1), start
 
     @staticmethod
@@ -115,15 +139,10 @@ class Propagate(torch.autograd.Function):
         share = grad_z / (len(ctx.field) + 1)
         grad = share                                       # of the topmost layer
         for layer in reversed(range(len(ctx.field))):
-            block = ctx.field[layer][1]
-            whole = ctx.rows is None                       # then A_hat is its own transpose
-            grad = spmm(block if whole else block.tocsc(), grad)                     # (M_{l-1}, K)
+            grad = spmm(ctx.field[layer][1].tocsc(), grad)                           # (M_{l-1}, K)
             if layer:
-                at = ctx.field[layer - 1][0]
-                grad = grad + share if whole else grad.index_add_(0, at, share)
+                grad.index_add_(0, ctx.field[layer - 1][0], share)
         last = share if grad_start is None else share + grad_start
-        if ctx.rows is None:
-            return last + grad if ctx.field else last, None, None
         if not ctx.field:
             grad = last.new_zeros(ctx.size, last.shape[1])
         return grad.index_add_(0, ctx.rows, last), None, None
@@ -168,36 +187,50 @@ def bpr(positive, negative):
     return F.softplus(negative - positive)
 
 
-class InfoNCE(torch.autograd.Function):
-    """sum_b -log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ), SGL eq. (10) -> scalar.
+def counted(nodes):
+    """Distinct nodes (D,) and how often each stands in nodes (B,): a loss need be computed but once
+    for each. Off the CPU all of them, once each, so that shapes stay as they are."""
+    return nodes.unique(return_counts=True) if nodes.is_cpu else (nodes, torch.ones_like(nodes))
 
-    q (B, K) and k (M, K) are the rows of queries and keys at length 1, own (B,) int64; all keys
-    compete, the positive among them. The softmax of the logsumexp is not built: backward weighs
-    the K-wide sides of two products instead.
+
+class InfoNCE(torch.autograd.Function):
+    """sum_b -w_b log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ), SGL eq. (10) -> scalar.
+
+    q (B, K) and k (M, K) are the rows of queries and keys at length 1, own (B,) int64, weight w
+    (B,); all keys compete, the positive among them. The gradient is computed on the way, a few
+    queries at a time: of the (B, M) matrices no more than 8 MiB is ever there.
     """
 
     @staticmethod
-    def forward(ctx, queries, keys, own, tau):
+    def forward(ctx, queries, keys, own, weight, tau):
         lengths = [length(x) for x in (queries, keys)]
-        q, k = queries / lengths[0], keys / lengths[1]
-        logits = torch.mm(q / tau, k.T)                                                 # (B, M)
-        positive = logits.gather(1, own[:, None]).sum()
-        safe = tau > .025              # then exp((-1 - 1)/tau) is no zero in float32
-        top = logits.new_tensor(1 / tau) if safe else logits.amax(1, keepdim=True)
-        mass = logits.sub_(top).exp_()
-        total = mass.sum(1, keepdim=True)                                               # (B, 1)
-        ctx.save_for_backward(q, k, own, mass, total, *lengths)
-        ctx.tau = tau
-        return (total.log() + top).sum() - positive
+        q, k, weight = queries / lengths[0], keys / lengths[1], weight[:, None]
+        grad_q, grad_k, loss = torch.empty_like(q), torch.zeros_like(k), 0.
+        step = max(1, 2 ** 21 // len(k))
+        buffer = q.new_empty(min(step, len(q)), len(k))
+        for start in range(0, len(q), step):
+            part = slice(start, start + step)
+            some, w = q[part], weight[part]                                             # (C, K)
+            logits = torch.mm(some / tau, k.T, out=buffer[:len(some)])                  # (C, M)
+            positive = logits.gather(1, own[part, None])
+            safe = tau > .025          # then exp((-1 - 1)/tau) is no zero in float32
+            top = 1 / tau if safe else logits.amax(1, keepdim=True)
+            mass = logits.sub_(top).exp_()
+            total = mass.sum(1, keepdim=True)                                           # (C, 1)
+            loss += (w * (total.log() + top - positive)).sum()
+            torch.mm(mass, k, out=grad_q[part]).mul_(w / total)
+            grad_k.addmm_(mass.T, some * (w / total))
+        grad_q.sub_(weight * k[own])
+        grad_k.index_add_(0, own, weight * q, alpha=-1)
+        for x, g, size in ((q, grad_q, lengths[0]), (k, grad_k, lengths[1])):
+            g.addcmul_(x, dot(x, g)[:, None], value=-1).div_(size * tau)               # of x / |x|
+        ctx.save_for_backward(grad_q, grad_k)
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, own, mass, total, *lengths = ctx.saved_tensors
-        grad_q = torch.mm(mass, k).div_(total).sub_(k[own])                             # (B, K)
-        grad_k = torch.mm(mass.T, q / total).index_add_(0, own, q, alpha=-1)            # (M, K)
-        for x, g, size in ((q, grad_q, lengths[0]), (k, grad_k, lengths[1])):
-            g.addcmul_(x, dot(x, g)[:, None], value=-1).mul_(grad / ctx.tau / size)     # of x / |x|
-        return grad_q, grad_k, None, None
+        grad_q, grad_k = ctx.saved_tensors
+        return grad * grad_q, grad * grad_k, None, None, None
 
 
 class LightGCN(torch.nn.Module):
@@ -217,7 +250,7 @@ class LightGCN(torch.nn.Module):
 
     def everywhere(self, graphs):
         """z and E of all nodes -> (U+I, K), (U+I, K)."""
-        return Propagate.apply(self.table, None, [(None, graph) for graph in graphs])
+        return Propagate.apply(self.table, graphs), self.table
 
     def at(self, nodes, graphs):
         """z and E of nodes (n,), users first, repeats allowed -> (n, K), (n, K).
@@ -225,7 +258,7 @@ class LightGCN(torch.nn.Module):
         Off the CPU all nodes are computed: static shapes are worth more there than less work.
         """
         if self.table.is_cpu and not any(isinstance(graph, torch.Tensor) for graph in graphs):
-            return Propagate.apply(self.table, nodes, receptive_field(graphs, nodes.numpy()))
+            return PropagateAt.apply(self.table, nodes, receptive_field(graphs, nodes.numpy()))
         z, start = self.everywhere(graphs)
         return z[nodes], start[nodes]
 
@@ -298,12 +331,12 @@ class SGL(LightGCN):
         The positive of a node is itself in the other view; ALL users (items) of that view compete.
         """
         pairs, penalty = self.ranking(users, positives, negatives)
-        first, _ = self.at(torch.cat([users, positives + self.n_users]), self.views[0])
-        users1, items1 = first.chunk(2)                                                 # (B, K)
+        (users, times), (items, often) = counted(users), counted(positives)
+        first, _ = self.at(torch.cat([users, items + self.n_users]), self.views[0])
         second, _ = self.everywhere(self.views[1])                                      # (U+I, K)
-        users2, items2 = second[:self.n_users], second[self.n_users:]
-        contrast = (InfoNCE.apply(users1, users2, users, self.tau)
-                    + InfoNCE.apply(items1, items2, positives, self.tau))
+        contrast = (
+            InfoNCE.apply(first[:len(users)], second[:self.n_users], users, times, self.tau)
+            + InfoNCE.apply(first[len(users):], second[self.n_users:], items, often, self.tau))
         return pairs.sum() + penalty + self.weight * contrast
 
 
@@ -352,19 +385,42 @@ MODELS = {'lightgcn': LightGCN, 'sgl': SGL, 'sgcl': SGCL, 'morec': MoRec, 'bpr':
 
 
 @torch.no_grad()
-def target_ranks(users, items, target, seen=None):
+def outranked(users, items, pair_user, pair_item, need):
+    """Whether surely need (P,) items or more score above each target: (U, K), (I, K) -> bool (P,).
+
+    Counts among the eighth of the items with the longest vectors, which fill most first places,
+    and only scores that are higher by more than two dot products can be rounded.
+    """
+    sizes, K = length(items), items.shape[1]
+    head = items[sizes[:, 0].topk(len(items) // 8).indices].T                           # (K, I/8)
+    rounding = length(users) * sizes.max() * (K * 2. ** -23)                            # (U, 1)
+    out, step = np.empty(len(need), bool), max(1, 2 ** 20 // max(head.shape[1], K))
+    for start in range(0, len(need), step):
+        part = slice(start, start + step)
+        u, i = users[pair_user[part]], items[pair_item[part]]                           # (C, K)
+        bar = dot(u, i)[:, None] + rounding[pair_user[part]]                            # (C, 1)
+        out[part] = torch.mm(u, head).gt_(bar).sum(1).cpu().numpy() >= need[part]
+    return out
+
+
+@torch.no_grad()
+def target_ranks(users, items, target, seen=None, k=None):
     """How many items rank above each target: (U, K), (I, K), csr (U, I) with P pairs -> (P,).
 
     All items compete but those in the user's row of `seen` (csr (U, I) or None). An equal score
     counts as above, and so does one that is not a number: neither ever helps the model. A
-    target's own score is read from the matrix that it is compared with, so ties are exact.
+    target's own score is read from the matrix that it is compared with, so ties are exact. With
+    k, ranks of k or more may come out as I: most targets are then done after a part of the items.
     """
     pair_user, pair_item = target.nonzero()
-    ranks = np.empty(len(pair_user), np.int64)
+    ranks, left = np.full(len(pair_user), len(items)), np.arange(len(pair_user))
+    if k is not None:
+        known = np.diff(seen.indptr)[pair_user] if seen is not None else 0
+        left = left[~outranked(users, items, pair_user, pair_item, k + known + np.zeros_like(left))]
     step = max(1, 2 ** 20 // len(items))                   # [ours: 4 MiB of scores, in the cache]
-    buffer = items.new_empty(min(step, len(ranks)), len(items))
-    for start in range(0, len(ranks), step):
-        u, i = pair_user[start:start + step], pair_item[start:start + step]
+    buffer = items.new_empty(min(step, len(left)), len(items))
+    for part in np.split(left, range(step, len(left), step)):
+        u, i = pair_user[part], pair_item[part]
         scores = torch.mm(users[u], items.T, out=buffer[:len(u)])                       # (C, I)
         own = scores[np.arange(len(u)), i][:, None]                                     # (C, 1)
         above = len(items) - 1                             # less those below, less those seen
@@ -375,7 +431,7 @@ def target_ranks(users, items, target, seen=None):
             higher = (~(scores[where[0], where[1]] < own[where[0], 0])).cpu().numpy()
             above = above - np.bincount(row[higher & (taken.indices != i[row])], minlength=len(u))
         below = scores.lt_(own).sum(1)                     # in place, 0. or 1.: exact to 2^24 items
-        ranks[start:start + step] = above - below.cpu().numpy().astype(np.int64)
+        ranks[part] = above - below.cpu().numpy().astype(np.int64)
     return ranks
 
 
@@ -386,7 +442,7 @@ def evaluate(users, items, target, seen=None, k=10):
     ranked. With one target a user (leave-one-out) Recall@k is the hit rate, and NDCG@k is
     1 / log2(2 + rank) with ranks from 0, or 0 from rank k on.
     """
-    user, ranks = target.nonzero()[0], target_ranks(users, items, target, seen)         # (P,)
+    user, ranks = target.nonzero()[0], target_ranks(users, items, target, seen, k)      # (P,)
     n = np.bincount(user, minlength=target.shape[0])                                    # (U,)
     hits = np.bincount(user[ranks < k], minlength=len(n))
     gains = np.where(ranks < k, 1 / np.log2(2 + ranks), 0)
@@ -509,6 +565,18 @@ def optimiser(model, lr, anchor):
     return step
 
 
+def keep_pages():
+    """Have glibc keep what is freed, up to 1 GiB, for this process; elsewhere nothing happens.
+
+    It would give a large tensor's memory back to the system, to be mapped and zeroed anew in the
+    next step: 5 to 20 % of a step of SGL [ours: measured].
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2 ** 30)                               # M_TRIM_THRESHOLD
+        mallopt(-3, 2 ** 25)                               # M_MMAP_THRESHOLD
+
+
 def say(line):
     """Print at once, also into a pipe."""
     print(line, flush=True)
@@ -524,6 +592,7 @@ def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300
     [authors' code]; anchor: see optimiser(). curve: a dict for each epoch, 'best' where it is
     the best so far. Without validation pairs the last epoch is. ValueError if training diverges.
     """
+    keep_pages()
     observed = observed.sorted_indices()                   # sample_negatives needs it
     if name == 'morec':
         settings['rng'] = rng

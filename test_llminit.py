@@ -610,12 +610,41 @@ def test_info_nce_is_stable_and_a_zero_row_has_a_bounded_gradient():
     queries = torch.tensor([[1., 0], [0, 2]], requires_grad=True)
     keys = torch.tensor([[0., 1], [-1, 0], [0, 0]], requires_grad=True)
     for tau in (1., .2, .001):
-        loss = models.InfoNCE.apply(queries, keys, torch.tensor([1, 0]), tau)
+        loss = models.InfoNCE.apply(queries, keys, torch.tensor([1, 0]), torch.ones(2), tau)
         logits = np.array([[0, -1, 0], [1, 0, 0]]) / tau
         expected = np.logaddexp.reduce(logits, axis=1).sum() - (-1 + 1) / tau
         np.testing.assert_allclose(loss.item(), expected, rtol=1e-5, atol=1e-6)
         grads = torch.autograd.grad(loss, (queries, keys))
         assert all(g.isfinite().all() and g.abs().max() < 1e4 / tau + 1 for g in grads)
+
+
+@pytest.mark.parametrize('n_keys, atol', [(7, 1e-5), (900_000, 2e-3)])  # the latter in three pieces
+def test_info_nce_with_weights_is_the_naive_sum(n_keys, atol):
+    draw = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(n, 3, generator=draw, requires_grad=True) for n in (5, n_keys))
+    own, weight = torch.tensor([3, 0, 6, 6, 1]), torch.tensor([1, 3, 1, 2, 1])
+    loss = models.InfoNCE.apply(queries, keys, own, weight, .2)
+    found = torch.autograd.grad(loss, (queries, keys))
+    q, k = (torch.nn.functional.normalize(x.double()) for x in (queries, keys))
+    logits = q @ k.T / .2
+    naive = (weight * (logits.logsumexp(1) - logits.gather(1, own[:, None])[:, 0])).sum()
+    np.testing.assert_allclose(loss.item(), naive.item(), rtol=1e-5)
+    for one, other in zip(found, torch.autograd.grad(naive, (queries, keys))):
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+def test_ranks_beyond_k_are_not_counted_out_and_those_below_are_exact():
+    rng = np.random.default_rng(0)
+    users, items = (rng.standard_normal((n, 6)).astype(np.float32) for n in (400, 300))
+    items[:150] *= np.linspace(.1, 3, 150)[:, None].astype(np.float32)
+    items[150:] = items[:150]                                          # every score is there twice
+    users, items = torch.from_numpy(users), torch.from_numpy(items)
+    target = sp.csr_matrix((np.ones(400), (np.arange(400), rng.integers(0, 300, 400))), (400, 300))
+    for seen in (None, random_graph(400, 300, .05)):
+        exact = models.target_ranks(users, items, target, seen)
+        short = models.target_ranks(users, items, target, seen, 10)
+        assert ((short == exact) | (exact >= 10) & (short == 300)).all()
+        assert (short == 300).sum() > 50 and (short < 10).any()
 
 
 def test_morec_starts_from_the_seed():
@@ -1451,7 +1480,8 @@ def test_vector_cache(tmp_path, monkeypatch):
         assert calls.pop() and not calls and file.read_bytes() == good
     embed.encode(TEXTS + ['more'], tiny, cache=cache)
     embed.encode(TEXTS[::-1], tiny, cache=cache)
-    embed.encode(TEXTS, tiny, cache=cache, dtype='bfloat16')
+    other = {'float32': 'bfloat16', 'bfloat16': 'float32'}[embed.fast_dtype('cpu')]
+    embed.encode(TEXTS, tiny, cache=cache, dtype=other)
     with monkeypatch.context() as patch:
         patch.setattr(embed, 'VERSION', 0)
         embed.encode(TEXTS, tiny, cache=cache)
