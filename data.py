@@ -2,6 +2,7 @@
 
     interactions, texts, titles, users, items = load('beauty')       # or 'ml-100k', or a folder
     train, valid, test = split(interactions, np.random.default_rng(0))
+    train = thin(train, .5, rng)                                     # a colder start
 
 The data of LLMInit (arXiv 2503.01814): keep ratings >= 4, drop interactions of items without
 metadata, count a repeated pair once, then 5-core; leave one out per user, in random order.
@@ -610,3 +611,21 @@ def split(interactions, rng):
     return [sp.csr_matrix((interactions.data[part == p], (users[part == p],
                            interactions.indices[part == p])), shape=interactions.shape)
             for p in range(3)]
+
+
+def thin(train, share, rng):
+    """train (csr U x I) without `share` (0..1) of each user's interactions, drawn at random.
+
+    A count that is not whole is rounded up or down by a draw, so that all users together lose
+    `share`; at least one interaction of each stays. What goes is as if it had never been seen: it
+    may be drawn as a negative, and it is ranked. share 0 draws nothing.
+    """
+    if not share:
+        return train
+    count = np.diff(train.indptr)                                               # (U,)
+    going = np.minimum((share * count + rng.random(len(count))).astype(int), count - 1)
+    users = np.repeat(np.arange(len(count)), count)
+    order = np.lexsort((rng.random(train.nnz), users))       # each row's interactions, shuffled
+    stays = order[np.arange(train.nnz) - train.indptr[users] >= going[users]]
+    users, items = users[stays], train.indices[stays]
+    return sp.csr_matrix((np.ones(len(stays), np.float32), (users, items)), train.shape)

@@ -18,13 +18,17 @@ embed.py and models.py beside it. MIT licence.
 Shapes: U users, I items, N encoder width, K kept dimensions.
 """
 import argparse
+import base64
 import hashlib
+import itertools
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
 import time
+import zlib
 
 import numpy as np
 import scipy.sparse as sp
@@ -35,8 +39,15 @@ POOLS = ('mean', 'sqrt', 'sum')
 TABLES = ('users.npy', 'items.npy')                                  # of a saved run
 # what a saved run keeps of the command line: all that its figures depend on
 KEPT = {'dataset', 'min_rating', 'core', 'text_columns', 'strategy', 'model', 'encoder', 'dim',
-        'whiten', 'popular', 'pool', 'anchor', 'views', 'tau', 'seen', 'preset', 'batch', 'lr',
-        'patience', 'epochs', 'seed'}
+        'cold', 'whiten', 'popular', 'pool', 'anchor', 'views', 'tau', 'seen', 'preset', 'batch',
+        'lr', 'patience', 'epochs', 'seed'}
+LISTS = ('dataset', 'encoder', 'dim', 'cold', 'model', 'strategy')   # a, b, c: a cell for each
+# flags that only some cells use: elsewhere they stay as they are by default, so that cells which
+# would come out alike are one cell
+USED_BY = {'whiten': ('strategy', ('pca',)), 'popular': ('strategy', ('var',)),
+           'encoder': ('strategy', STRATEGIES[1:]), 'pool': ('strategy', STRATEGIES[1:]),
+           'views': ('model', ('sgl',)), 'tau': ('model', ('sgl', 'sgcl'))}
+ACTIVITY = (0, 1, 2, 3, 5, 9, 17)    # [ours] users are scored apart by training interactions, from
 PRESETS = ('ours', 'paper')
 # batch, Adam's learning rate, epochs without a better validation before training stops
 PAPER_TRAINING = dict(batch=256, lr=1e-3, patience=10)               # [authors' code]
@@ -139,40 +150,48 @@ def xavier(rng, rows, K):
     return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for flags that have none."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message):
-        self.exit(2, f'llminit: error: {message}\n')
+def settings_of(args):
+    """{flag: value} of all that a run's figures depend on."""
+    settings = {name: getattr(args, name) for name in sorted(KEPT)}
+    if os.path.isdir(args.dataset):
+        settings['dataset'] = os.path.abspath(args.dataset)
+    return settings
 
 
-def whole(least):
-    """An argparse type: a whole number of at least `least`."""
-    def number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f'{text} is not a whole number of at least {least}')
-        return int(text)
-    return number
+def training_settings(args):
+    """Arguments of models.train that the command line sets: the preset's and those given."""
+    # the other examples of a batch are SGCL's negatives: more of them are another loss
+    ours = args.preset == 'ours' and args.model != 'sgcl'
+    preset = OUR_TRAINING if ours else PAPER_TRAINING
+    settings = {name: value if getattr(args, name) is None else getattr(args, name)
+                for name, value in preset.items()}
+    settings |= {name: getattr(args, name) for name in ('seen', 'epochs', 'anchor')}
+    own = {'sgl': ('views', 'tau'), 'sgcl': ('tau',), 'morec': ('dim',)}.get(args.model, ())
+    return settings | {name: getattr(args, name) for name in own}
 
 
-def between(low, high):
-    """An argparse type: a number in low..high."""
-    def number(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = np.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not a number from {low:g} to {high:g}')
-        return value
-    return number
+def sizes(dataset, pairs, train, valid, test):
+    """One line on the data of a run, csr (U, I) each."""
+    U, I = pairs.shape
+    return (f'{dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} train,'
+            f' {valid.nnz:,} valid, {test.nnz:,} test')
+
+
+def best_epoch(curve):
+    """The entry of models.train's curve whose tables were kept."""
+    return [epoch for epoch in curve if epoch['best']][-1]
+
+
+def means(scores):
+    """{name: mean over users} of Recall@10 and NDCG@10, (n,) each."""
+    return dict(zip(('Recall@10', 'NDCG@10'), (float(score.mean()) for score in scores)))
+
+
+def papers(dataset, model, strategy):
+    """'Recall@10/NDCG@10' of a cell in the paper's Table 1 or 3, '-' if it has none."""
+    figures = PAPER.get((dataset, model), '').split()
+    which = ('full',) if model == 'morec' else STRATEGIES
+    return dict(zip(which, figures)).get(strategy, '-')
 
 
 def digest(*matrices):
@@ -183,11 +202,7 @@ def digest(*matrices):
 
 def run_facts(args, scores, split, facts, names):
     """What run.json holds: settings, scores, the split's digest, the ids in the order of rows."""
-    settings = {name: getattr(args, name) for name in sorted(KEPT)}
-    if os.path.isdir(args.dataset):
-        settings['dataset'] = os.path.abspath(args.dataset)
-    recall, ndcg = (float(score.mean()) for score in scores)
-    return {'settings': settings, 'scores': {'Recall@10': recall, 'NDCG@10': ndcg}, **facts,
+    return {'settings': settings_of(args), 'scores': means(scores), **facts,
             'split': digest(*split), 'users': names[0], 'items': names[1]}
 
 
@@ -233,8 +248,9 @@ def check_folder(folder):
         raise OSError(f'cannot save to {folder}: {error.strerror}') from None
 
 
-def write_recommendations(path, recommended, names, titles):
-    """A line for each user and rank, best first; written beside and renamed."""
+def write_recommendations(folder, recommended, names, titles):
+    """recommendations.tsv: a line for each user and rank, best first; written beside, renamed."""
+    path = os.path.join(folder, 'recommendations.tsv')
     blanks = str.maketrans('\t\r\n', '   ')
     with open(path + '.part', 'w', encoding='utf8') as file:
         file.write('user_id\trank\titem_id\tscore\ttitle\n')
@@ -257,7 +273,7 @@ def save_run(folder, run, tables, recommended, titles):
         with open(os.path.join(new, 'run.json'), 'w', encoding='utf8') as file:
             json.dump(run, file, indent=1)
         names = run['users'], run['items']
-        write_recommendations(os.path.join(new, 'recommendations.tsv'), recommended, names, titles)
+        write_recommendations(new, recommended, names, titles)
         if os.path.exists(folder):
             os.rename(folder, old)
         try:
@@ -270,20 +286,149 @@ def save_run(folder, run, tables, recommended, titles):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def parse(argv=None):
-    """The command line -> args, which never leave this file."""
+def pack(ndcg):
+    """NDCG@10 of users with one target each, (n,), as text: a byte a user, the target's rank from
+    0, 10 for none of the first ten; deflated, base64. unpack() gives it back."""
+    ranks = np.where(ndcg > 0, np.rint(2 ** (1 / np.maximum(ndcg, .1))) - 2, 10)
+    return base64.b64encode(zlib.compress(ranks.astype(np.uint8).tobytes(), 9)).decode()
+
+
+def result(args, scores, facts, train, test, curve):
+    """What the results file keeps of a finished run: a dict for one JSON line. Users are also
+    scored apart, by their training interactions."""
+    best = best_epoch(curve)
+    degree = train.getnnz(axis=1)[test.getnnz(axis=1) > 0]                          # (n,)
+    group = np.searchsorted(ACTIVITY, degree, side='right') - 1
+    apart = {str(ACTIVITY[g]): {'users': int((group == g).sum()),
+                                **means([score[group == g] for score in scores])}
+             for g in np.unique(group)}
+    return {'settings': settings_of(args), 'training': training_settings(args),
+            'test': means(scores), 'valid': {'Recall@10': best['recall'], 'NDCG@10': best['ndcg']},
+            **facts, 'by training interactions, from': apart,
+            'spectrum': best['spectrum'], 'ranks': pack(scores[1]),
+            'paper': papers(args.dataset, args.model, args.strategy),
+            'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
+                      for epoch in curve],
+            'versions': {'python': platform.python_version(), 'numpy': np.__version__,
+                         'torch': sys.modules['torch'].__version__, 'machine': platform.machine()}}
+
+
+def read_results(path):
+    """The dicts of a results file, [] if there is none; a line cut off is left out with a note."""
+    found, damaged = [], 0
+    if os.path.exists(path):
+        with open(path, encoding='utf8', errors='replace') as file:
+            for line in filter(str.strip, file):
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row['settings'], dict) or not row['seconds'] >= 0:
+                        raise ValueError
+                    found.append(row)
+                except (ValueError, KeyError, TypeError):
+                    damaged += 1
+    if damaged:
+        print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
+    return found
+
+
+def append(path, row):
+    """Add a line to a results file in one write, after whatever a killed run left there."""
+    with open(path, 'a+b') as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        start = b'\n' if file.read(1) not in (b'', b'\n') else b''
+        file.write(start + json.dumps(row).encode() + b'\n')
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that have none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f'llminit: error: {message}\n')
+
+
+def whole(least):
+    """An argparse type: a whole number of at least `least`."""
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f'{text} is not a whole number of at least {least}')
+        return int(text)
+    return number
+
+
+def between(low, high):
+    """An argparse type: a number in low..high."""
+    def number(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = np.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not a number from {low:g} to {high:g}')
+        return value
+    return number
+
+
+def listed(kind):
+    """An argparse type: values of `kind`, a type or the allowed words, with commas between."""
+    def values(text):
+        parts = [part.strip() for part in text.split(',')]
+        wrong = [part for part in parts if not callable(kind) and part not in kind]
+        if wrong:
+            raise argparse.ArgumentTypeError(f'invalid choice: {wrong[0]!r} (choose from '
+                                             f'{", ".join(kind)})')
+        return [kind(part) if callable(kind) else part for part in parts]
+    return values
+
+
+def grid(args, usual):
+    """The cells of a command line, [args of one run]: all combinations of its lists and seeds,
+    seeds outermost, so that a grid cut short holds whole tables. usual: args without any flag."""
+    cells = {}
+    for seed, *values in itertools.product(range(args.seed, args.seed + args.seeds),
+                                           *(getattr(args, name) for name in LISTS)):
+        cell = argparse.Namespace(**{**vars(args), **dict(zip(LISTS, values)), 'seed': seed})
+        if cell.model == 'morec' and cell.strategy not in ('none', 'noise'):
+            cell.strategy = 'full'                         # its projection is its selection
+        for name, (where, users) in USED_BY.items():
+            if getattr(cell, where) not in users:
+                setattr(cell, name, usual[name])
+        cells[json.dumps(settings_of(cell))] = cell
+    return list(cells.values())
+
+
+def unused(args, cells, usual):
+    """Names of flags that were given and that no cell uses."""
+    return [name for name in USED_BY if getattr(args, name) not in (usual[name], [usual[name]])
+            and all(getattr(cell, name) == usual[name] for cell in cells)]
+
+
+def parser():
+    """The parser of the command line."""
     p = OneLineParser(prog='llminit.py', allow_abbrev=False, description=__doc__.split('\n')[0],
-                      formatter_class=Help)
+                      formatter_class=Help, epilog='Flags with [,] take several values with commas '
+                      'between: every combination is run, and kept in --results.')
     add = p.add_argument
-    add('--dataset', default='ml-100k', help='beauty, toys, tools, office, ml-100k, or your folder')
+    add('--dataset', default='ml-100k', type=listed(str), help='beauty, toys, tools, office, '
+        'ml-100k, or your folder [,]')
     add('--min-rating', default=4., type=between(-1e9, 1e9), help='lower ratings are no positives')
     add('--core', default=5, type=whole(0), help='interactions that each user and item must have')
     add('--text-columns', metavar='A,B', help='columns of the item file that make the text')
-    add('--strategy', default='var', choices=STRATEGIES, help='which dimensions; none: no text')
-    add('--model', default='lightgcn', choices=MODELS, help='morec takes all N dimensions')
-    add('--encoder', default='mpnet', help='mpnet, tfidf, openai:MODEL, an MPNet '
-        'folder, a .npy or .npz file')
-    add('--dim', default=128, type=whole(1), help='K, the dimensions kept')
+    add('--strategy', default='var', type=listed(STRATEGIES),
+        help=f'{", ".join(STRATEGIES)}: which dimensions; none: no text [,]')
+    add('--model', default='lightgcn', type=listed(MODELS),
+        help=f'{", ".join(MODELS)}; morec takes all N dimensions [,]')
+    add('--encoder', default='mpnet', type=listed(str), help='mpnet, tfidf, openai:MODEL, an MPNet '
+        'folder, a .npy or .npz file [,]')
+    add('--dim', default='128', type=listed(whole(1)), help='K, the dimensions kept [,]')
+    add('--cold', default='0', type=listed(between(0, 1)), help='share of the training '
+        'interactions of each user to remove, but the last [,]')
     add('--whiten', default=0., type=between(0, 1), help='pca: 0 keeps its widths, 1 evens them')
     add('--popular', default=1., type=between(0, 1), help='var: over this share of items; paper .2')
     add('--pool', default='mean', choices=POOLS, help='of items to a user')
@@ -298,30 +443,46 @@ def parse(argv=None):
     add('--patience', type=whole(1), help='epochs without a better validation')
     add('--epochs', default=300, type=whole(1), help='at most so many')
     add('--seed', default=0, type=whole(0), help='of split, start and training')
+    add('--seeds', default=1, type=whole(1), help='so many, from --seed on')
+    add('--results', metavar='FILE', help='JSON lines: a finished run is added, one that is there '
+        'not run again; of several runs results.jsonl')
     add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='where it runs')
     add('--data', default='data', metavar='DIR', help='datasets lie here or are fetched to here')
     add('--cache', default='~/.cache/llminit', metavar='DIR', help='weights and vectors')
     add('--save', metavar='DIR', help='write vectors, ids, scores and recommendations to there')
     add('--load', metavar='DIR', help='a saved run: score, recommend again, no training')
     add('--top', default=10, type=whole(1), help='recommendations for each user')
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv=None):
+    """The command line -> its cells, [args], which never leave this file: one, or a grid."""
+    p = parser()
+    args, usual = p.parse_args(argv), vars(p.parse_args([]))
     if args.load:
-        usual = vars(p.parse_args([]))
-        given = [name for name in sorted(KEPT) if getattr(args, name) != usual[name]]
+        given = [name for name in sorted({*KEPT, 'seeds', 'results'})
+                 if getattr(args, name) != usual[name]]
         if given:
             p.error(f'a saved run has its own settings: leave out {", ".join(given)}')
         kept = [f'--{name.replace("_", "-")}={value}' for name, value
                 in read_run(args.load)['settings'].items() if value is not None]
         args = p.parse_args(kept + list(sys.argv[1:] if argv is None else argv))
-    if args.model == 'morec' and args.strategy not in ('none', 'noise'):
-        args.strategy = 'full'                             # its projection is its selection
-    return args
+    usual |= {name: usual[name][0] for name in LISTS}
+    cells = grid(args, usual)
+    for name in unused(args, cells, usual):
+        print(f'note: no run here uses --{name}', file=sys.stderr)
+    if len(cells) > 1 and (args.save or args.load):
+        p.error('several runs go to --results; --save and --load are for one')
+    if len(cells) > 1 and not args.results:
+        for cell in cells:
+            cell.results = 'results.jsonl'
+    return cells
 
 
-def result_row(args, scores, facts, seconds):
+def result_row(args, scores, facts, header=True):
     """A Markdown table of one row; with --seen keep the paper's figure stands beside ours."""
-    usual = vars(parse([]))
-    told = ('encoder', 'whiten', 'popular', 'pool', 'anchor', 'views', 'tau', 'batch', 'lr',
+    usual = vars(parse([])[0])
+    told = ('encoder', 'cold', 'whiten', 'popular', 'pool', 'anchor', 'views', 'tau', 'batch', 'lr',
             'patience', 'epochs', 'core', 'min_rating', 'text_columns')
     other = ' '.join(f'{name}={value}' for name, value in vars(args).items()
                      if name in told and value != usual[name])
@@ -329,71 +490,124 @@ def result_row(args, scores, facts, seconds):
              'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}',
              'seen': args.seen, 'preset': args.preset, 'K': facts['K'], 'other': other or '-',
              'seed': args.seed, 'best epoch': facts['best epoch'],
-             'parameters': facts['parameters'], 'seconds': round(seconds)}
-    if args.seen == 'keep' and (args.dataset, args.model) in PAPER:
-        which = ('full',) if args.model == 'morec' else STRATEGIES
-        figures = dict(zip(which, PAPER[args.dataset, args.model].split()))
-        cells['paper'] = figures.get(args.strategy, '-')
-    lines = cells.keys(), ['---'] * len(cells), cells.values()
+             'parameters': facts['parameters'], 'seconds': round(facts['seconds'])}
+    if args.seen == 'keep':
+        cells['paper'] = papers(args.dataset, args.model, args.strategy)
+    lines = (cells.keys(), ['---'] * len(cells), cells.values())[0 if header else 2:]
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 
-def training_settings(args):
-    """Arguments of models.train that the command line sets: the preset's and those given."""
-    # the other examples of a batch are SGCL's negatives: more of them are another loss
-    ours = args.preset == 'ours' and args.model != 'sgcl'
-    preset = OUR_TRAINING if ours else PAPER_TRAINING
-    settings = {name: value if getattr(args, name) is None else getattr(args, name)
-                for name, value in preset.items()}
-    settings |= {name: getattr(args, name) for name in ('seen', 'epochs', 'anchor')}
-    own = {'sgl': ('views', 'tau'), 'sgcl': ('tau',), 'morec': ('dim',)}.get(args.model, ())
-    return settings | {name: getattr(args, name) for name in own}
+def say(line):
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def minutes(cells, rows):
+    """'about 12 min left' for cells, by the seconds of rows with the same data and model."""
+    same = {}
+    for row in rows:
+        for key in ((row['settings'].get('dataset'), row['settings'].get('model')), None):
+            same.setdefault(key, []).append(row['seconds'])
+    taken = [same.get((settings_of(cell)['dataset'], cell.model), same.get(None)) for cell in cells]
+    return f'about {sum(map(np.mean, taken)) / 60:.0f} min left' if rows else 'time left unknown'
+
+
+def pending(cells):
+    """Yields (args, log, header) of the cells that their results file does not hold yet.
+
+    log: what models.train says an epoch's line to; header: does the table begin here? A single
+    run says all its lines; of a grid a terminal shows one live line, a pipe a line a run.
+    """
+    path, began = cells[0].results, False
+    for n, args in enumerate(cells):
+        rows = read_results(path) if path else []
+        done = [row['settings'] for row in rows]
+        if settings_of(args) in done:
+            continue
+        if len(cells) == 1:
+            yield args, say, True
+            continue
+        left = [cell for cell in cells[n:] if settings_of(cell) not in done]
+        what = f'run {len(cells) - len(left) + 1} of {len(cells)}, {minutes(left, rows)}'
+        live = sys.stderr.isatty()
+        if not live:
+            print(f'{what}: {args.dataset} {args.model} {args.strategy} K={args.dim} '
+                  f'cold={args.cold:g} seed {args.seed}', file=sys.stderr)
+
+        def log(line):
+            if live:
+                print(f'\r{what}: {line}', end='\x1b[K', file=sys.stderr, flush=True)
+        yield args, log, not began
+        began = True
+        if live:
+            print(end='\r\x1b[K', file=sys.stderr, flush=True)
+    if len(cells) > 1:
+        print(f'{len(cells)} runs are in {path}', file=sys.stderr)
+
+
+def once(function):
+    """function with a memory: the cells of a grid share data and vectors."""
+    known = {}
+
+    def remembering(*args, **kwargs):
+        key = repr((args, kwargs))
+        if key not in known:
+            known[key] = function(*args, **kwargs)
+        return known[key]
+    return remembering
 
 
 def main(argv=None):
-    """One run from data to result row, a line a stage."""
-    args, started = parse(argv), time.time()
+    """Each run from data to result row, a line a stage."""
+    cells = parse(argv)
     import torch
     import data
     import embed
     import models
-    rng, device = np.random.default_rng(args.seed), models.pick_device(args.device)
-    if args.save:
-        check_folder(args.save)
-    pairs, texts, titles, *names = data.load(                                # csr (U, I), I texts
-        args.dataset, args.data, min_rating=args.min_rating, core=args.core,
-        text_columns=args.text_columns and args.text_columns.split(','))
-    train, valid, test = split = data.split(pairs, rng)                      # csr (U, I) each
-    (U, I), K = train.shape, args.dim
-    print(f'{args.dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} '
-          f'train, {valid.nnz:,} valid, {test.nnz:,} test', flush=True)
-    if not test.nnz:
-        raise ValueError('no user has two interactions, so there is nothing to test with')
-    if args.load:
-        *tables, facts = load_run(args.load, split, names)                   # trained before
-        users, items = (torch.from_numpy(table).to(device) for table in tables)
-    else:
-        if args.strategy == 'none':
-            users0, items0 = xavier(rng, U, K), xavier(rng, I, K)            # without any text
+    load, encode = once(data.load), once(embed.encode)
+    for args, log, header in pending(cells):
+        started, device = time.time(), models.pick_device(args.device)
+        rng = np.random.default_rng(args.seed)
+        if args.save:
+            check_folder(args.save)
+        pairs, texts, titles, *names = load(                                 # csr (U, I), I texts
+            args.dataset, args.data, min_rating=args.min_rating, core=args.core,
+            text_columns=args.text_columns and args.text_columns.split(','))
+        train, valid, test = split = data.split(pairs, rng)                  # csr (U, I) each
+        train = data.thin(train, args.cold, rng)                             # csr (U, I)
+        (U, I), K = train.shape, args.dim
+        if not test.nnz:
+            raise ValueError('no user has two interactions, so there is nothing to test with')
+        log(sizes(args.dataset, pairs, train, valid, test))
+        if args.load:
+            *tables, facts = load_run(args.load, split, names)               # trained before
+            users, items = (torch.from_numpy(table).to(device) for table in tables)
         else:
-            vectors = embed.encode(texts, args.encoder, ids=names[1], cache=args.cache,
-                                   device=device)                            # (I, N)
-            items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
-                                 popular=args.popular, degree=train.getnnz(axis=0))  # (I, K)
-            users0 = pool_users(train, items0, args.pool)                    # (U, K)
-        users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
-                                           device=device, **training_settings(args))
-        facts = {'best epoch': [epoch['epoch'] for epoch in curve if epoch['best']][-1],
-                 'K': items.shape[1], 'parameters': users0.size + items0.size}
-    scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
-    if args.save or args.load:
-        best = models.recommend(users, items, pairs, args.top)               # (U, top) twice
-    if args.save:
-        save_run(args.save, run_facts(args, scores, split, facts, names),
-                 (users.cpu(), items.cpu()), best, titles)
-    elif args.load:
-        write_recommendations(os.path.join(args.load, 'recommendations.tsv'), best, names, titles)
-    print(result_row(args, scores, facts, time.time() - started))
+            if args.strategy == 'none':
+                users0, items0 = xavier(rng, U, K), xavier(rng, I, K)        # without any text
+            else:
+                vectors = encode(texts, args.encoder, ids=names[1], cache=args.cache,
+                                 device=device)                              # (I, N)
+                items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
+                                     popular=args.popular, degree=train.getnnz(axis=0))  # (I, K)
+                users0 = pool_users(train, items0, args.pool)                # (U, K)
+            users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
+                                               device=device, log=log, **training_settings(args))
+            facts = {'best epoch': best_epoch(curve)['epoch'], 'K': items.shape[1],
+                     'parameters': users0.size + items0.size}
+        seen = train + valid if args.seen == 'mask' else None
+        scores = models.evaluate(users, items, test, seen)                   # (n,) each
+        if args.save or args.load:
+            best = models.recommend(users, items, pairs, args.top)           # (U, top) twice
+        if args.save:
+            save_run(args.save, run_facts(args, scores, split, facts, names),
+                     (users.cpu(), items.cpu()), best, titles)
+        elif args.load:
+            write_recommendations(args.load, best, names, titles)
+        facts['seconds'] = time.time() - started
+        if args.results:
+            append(args.results, result(args, scores, facts, train, test, curve))
+        say(result_row(args, scores, facts, header))
 
 
 def command(argv=None):

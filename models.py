@@ -262,6 +262,10 @@ class LightGCN(torch.nn.Module):
         z, start = self.everywhere(graphs)
         return z[nodes], start[nodes]
 
+    def trained(self):
+        """What training moves, as two tables: E of users (U, K), of items (I, K)."""
+        return self.table[:self.n_users], self.table[self.n_users:]
+
     @torch.no_grad()
     def embeddings(self):
         """z of all -> users (U, K), items (I, K)."""
@@ -371,6 +375,9 @@ class MoRec(LightGCN):
         N = users0.shape[1]
         draw = (rng or np.random.default_rng(0)).uniform(-1, 1, (N, dim)) * (6 / (N + dim)) ** .5
         self.projection = torch.nn.Parameter(torch.from_numpy(draw.astype(np.float32)).to(device))
+
+    def trained(self):
+        return self.embeddings()
 
     def everywhere(self, graphs):
         z = self.table @ self.projection                                                # (U+I, K)
@@ -565,6 +572,19 @@ def optimiser(model, lr, anchor):
     return step
 
 
+@torch.no_grad()
+def spectrum(table):
+    """How many of its dimensions a table (n, K) uses, by its singular values s -> dict of floats.
+
+    'abundance'        information abundance, sum(s) / max(s) (arXiv 2310.04400)
+    'effective rank'   exp of the entropy of s / sum(s) (Roy and Vetterli 2007)
+    """
+    table = table.cpu().double()
+    s = torch.linalg.eigvalsh(table.T @ table).clamp_min(0).sqrt()                      # (K,)
+    entropy = torch.special.entr(s / s.sum()).sum()
+    return {'abundance': float(s.sum() / s.max()), 'effective rank': float(entropy.exp())}
+
+
 def keep_pages():
     """Have glibc keep what is freed, up to 1 GiB, for this process; elsewhere nothing happens.
 
@@ -589,8 +609,9 @@ def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300
     name: key of MODELS; observed, valid: csr (U, I); users0 (U, K), items0 (I, K): the start; rng:
     numpy Generator; settings: of the model. seen='mask' ranks no training items in validation,
     'keep' leaves them in [authors' code]. epochs 300, batch 256, Adam lr 1e-3, patience 10
-    [authors' code]; anchor: see optimiser(). curve: a dict for each epoch, 'best' where it is
-    the best so far. Without validation pairs the last epoch is. ValueError if training diverges.
+    [authors' code]; anchor: see optimiser(). curve: a dict for each epoch, 'best' where it is the
+    best so far, 'spectrum' of the tables where it is the best of all. Without validation pairs the
+    last epoch is. ValueError if training diverges.
     """
     keep_pages()
     observed = observed.sorted_indices()                   # sample_negatives needs it
@@ -610,6 +631,7 @@ def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300
         better = not ndcg <= best
         if better:
             best, best_epoch, kept = ndcg, epoch, (users, items)
+            tables = [table.detach().clone() for table in model.trained()]
         seconds = time.perf_counter() - start
         curve.append(dict(epoch=epoch, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
                           best=better))
@@ -617,4 +639,5 @@ def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300
             f'  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
         if epoch - best_epoch >= patience:
             break
+    curve[best_epoch - 1]['spectrum'] = dict(zip(('users', 'items'), map(spectrum, tables)))
     return *kept, curve

@@ -278,24 +278,24 @@ def test_the_command_prints_the_same_row_twice(tmp_path, capsys):
 
 
 def test_with_seen_keep_the_papers_figure_stands_beside():
-    facts = {'K': 128, 'best epoch': 1, 'parameters': 640}
+    facts = {'K': 128, 'best epoch': 1, 'parameters': 640, 'seconds': 1}
     for dataset, model, strategy, expected in [
             ('office', 'lightgcn', 'var', '.0816/.0414'), ('tools', 'sgl', 'none', '.0580/.0284'),
             ('beauty', 'morec', 'var', '.0857/.0397'), ('beauty', 'morec', 'none', '-'),
             ('beauty', 'sgcl', 'pca', '-')]:
-        args = llminit.parse(['--dataset', dataset, '--seen', 'keep', '--strategy', strategy,
-                              '--model', model])
-        row = llminit.result_row(args, (np.ones(2), np.zeros(2)), facts, 1.)
+        args, = llminit.parse(['--dataset', dataset, '--seen', 'keep', '--strategy', strategy,
+                               '--model', model])
+        row = llminit.result_row(args, (np.ones(2), np.zeros(2)), facts)
         assert row.splitlines()[0].endswith('| paper |') and row.endswith(f'| {expected} |')
         assert row.splitlines()[-1].startswith(f'| {dataset} | {model} | {args.strategy} | 1.0000 ')
 
 
 def test_the_flags_of_training_arrive_and_test_hides_training_and_validation(tmp_path, monkeypatch):
-    settings = llminit.training_settings(llminit.parse(['--seen', 'keep', '--anchor', '2',
-                                                        '--lr', '.5', '--model', 'sgl']))
+    args, = llminit.parse(['--seen', 'keep', '--anchor', '2', '--lr', '.5', '--model', 'sgl'])
+    settings = llminit.training_settings(args)
     assert settings == dict(seen='keep', anchor=2., lr=.5, batch=2048, patience=20, epochs=300,
                             views='edge', tau=.2)
-    assert llminit.training_settings(llminit.parse(['--preset', 'paper']))['batch'] == 256
+    assert llminit.training_settings(llminit.parse(['--preset', 'paper'])[0])['batch'] == 256
     calls, evaluate = [], models.evaluate
 
     def spy(users, items, target, seen=None, k=10):
