@@ -314,7 +314,7 @@ def result(args, scores, facts, train, test, curve):
 
 
 def read_results(path):
-    """The dicts of a results file, [] if there is none; a line cut off is left out with a note."""
+    """The dicts of a results file, [] if there is none, and the number of damaged lines in it."""
     found, damaged = [], 0
     if os.path.exists(path):
         with open(path, encoding='utf8', errors='replace') as file:
@@ -326,9 +326,7 @@ def read_results(path):
                     found.append(row)
                 except (ValueError, KeyError, TypeError):
                     damaged += 1
-    if damaged:
-        print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
-    return found
+    return found, damaged
 
 
 def append(path, row):
@@ -520,7 +518,9 @@ def pending(cells):
     """
     path, began = cells[0].results, False
     for n, args in enumerate(cells):
-        rows = read_results(path) if path else []
+        rows, damaged = read_results(path) if path else ([], 0)
+        if damaged and not n:
+            print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
         done = [row['settings'] for row in rows]
         if settings_of(args) in done:
             continue

@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import inspect
 import io
 import json
@@ -691,6 +692,190 @@ def test_each_model_runs_with_each_strategy(tmp_path, capsys, model, strategy):
     assert cells[1:3] == [model, shown]
     if shown in ('var', 'pca', 'proj', 'full'):                        # which cannot miss the text
         assert float(cells[4]) > .3                                    # chance: about .1
+
+
+# ---- grids, the results file, the report ------------------------------------------------------
+
+def report(*args):
+    """Lines that experiments/report.py prints, and its exit code and error."""
+    command = [sys.executable, HERE / 'experiments' / 'report.py', *args]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    return done.stdout.splitlines(), done.returncode, done.stderr
+
+
+GRID = ['--encoder', 'tfidf', '--dim', '8,16', '--epochs', '2', '--model', 'bpr,morec',
+        '--strategy', 'none,rand,var', '--seeds', '2']
+
+
+def test_a_grid_runs_every_cell_once_and_goes_on_where_it_was_cut(tmp_path, capsys, monkeypatch):
+    own, results = write_planted(tmp_path / 'own'), tmp_path / 'r.jsonl'
+    options = ['--dataset', str(own), *GRID, '--results', str(results)]
+    trained, loaded, train, load = [], [], models.train, data.load
+
+    def stop_after_five(*args, **kwargs):
+        trained.append(args[0])
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+    monkeypatch.setattr(models, 'train', stop_after_five)
+    monkeypatch.setattr(data, 'load', lambda *a, **k: loaded.append(a) or load(*a, **k))
+    assert llminit.command(options) == 130
+    first = results.read_bytes()
+    assert first.count(b'\n') == 5 and len(loaded) == 1
+    results.write_bytes(first[:-40])                                   # cut off in its last line
+    capsys.readouterr()
+    assert llminit.command(options) == 0
+    out, err = capsys.readouterr()
+    # a seed: bpr 3 strategies x 2 dims; morec: rand and var are both 'full', so 2 x 2
+    assert len(trained) == 6 + 20 - 4
+    assert err.count('1 damaged lines') == 1 and '20 runs are in' in err
+    assert out.count('| dataset |') == 1 and out.count('\n') == 2 + 16    # one header
+    rows, damaged = llminit.read_results(results)
+    assert damaged == 1 and len(rows) == len({json.dumps(row['settings']) for row in rows}) == 20
+    assert [row['settings']['seed'] for row in rows] == [0] * 10 + [1] * 10
+    assert llminit.command(options) == 0 and len(trained) == 22        # all are there
+    for row in rows:
+        assert len(row['curve']) == 2 and row['test'].keys() == row['valid'].keys()
+        apart = row['by training interactions, from'].values()
+        assert sum(part['users'] for part in apart) == 120
+        whole = sum(part['users'] * part['NDCG@10'] for part in apart) / 120
+        assert abs(whole - row['test']['NDCG@10']) < 1e-9
+
+
+def test_a_cell_of_a_grid_is_the_run_by_itself(tmp_path, capsys):
+    own = write_planted(tmp_path / 'own')
+    base = ['--dataset', str(own), '--encoder', 'tfidf', '--epochs', '2', '--batch', '64']
+    results = str(tmp_path / 'r.jsonl')
+    many = [*base, '--dim', '8,16', '--cold', '0,.5', '--strategy', 'none,var', '--seeds', '2']
+    assert llminit.command([*many, '--results', results]) == 0
+    out = capsys.readouterr().out.splitlines()[2:]
+    assert len(out) == 16
+    for dim, cold, strategy, seed in (('16', '.5', 'var', '1'), ('8', '0', 'none', '0')):
+        assert llminit.command([*base, '--dim', dim, '--cold', cold, '--strategy', strategy,
+                                '--seed', seed]) == 0
+        alone = capsys.readouterr().out.splitlines()[-1]
+        assert alone.rsplit('|', 2)[0] in [line.rsplit('|', 2)[0] for line in out]    # but seconds
+
+
+def test_of_flags_that_no_run_uses_it_is_told_and_saving_is_for_one_run(tmp_path, capsys):
+    cells = llminit.parse(['--strategy', 'none,var', '--whiten', '.5', '--pool', 'sqrt'])
+    assert [cell.pool for cell in cells] == ['mean', 'sqrt'] and cells[1].whiten == 0
+    assert capsys.readouterr().err == 'note: no run here uses --whiten\n'
+    with pytest.raises(SystemExit) as stop:
+        llminit.parse(['--seeds', '2', '--save', str(tmp_path / 'run')])
+    assert stop.value.code == 2 and 'for one' in capsys.readouterr().err
+    for wrong in (['--strategy', 'var,best'], ['--dim', '8,x'], ['--cold', '.5,2'],
+                  ['--model', ''], ['--seeds', '0']):
+        with pytest.raises(SystemExit) as stop:
+            llminit.parse(wrong)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@given(st.integers(0, 2 ** 32), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_thin_removes_a_share_and_leaves_everyone_one(seed, share):
+    train = random_graph(40, 30, .3, seed)
+    left = data.thin(train, share, np.random.default_rng(seed))
+    had, has = np.diff(train.indptr), np.diff(left.indptr)
+    assert left.shape == train.shape and left.dtype == np.float32 and (left.data == 1).all()
+    assert not (left > train).nnz                                      # only what was there
+    assert (has >= np.minimum(had, 1)).all() and (has <= had).all()
+    assert (np.abs(had - has - share * had) < 1)[had > 1].all() or share > .9
+    again = data.thin(train, share, np.random.default_rng(seed))
+    assert (left != again).nnz == 0
+
+
+def test_thin_draws_evenly_and_loses_the_share_of_the_whole():
+    train = sp.csr_matrix(np.ones((4000, 5), np.float32))
+    left = data.thin(train, .5, np.random.default_rng(0))
+    assert abs(left.nnz / train.nnz - .5) < .01
+    assert np.ptp(left.getnnz(axis=0)) < 250                           # 2,000 each, sigma 32
+
+
+def test_the_spectrum_of_a_table():
+    flat = models.spectrum(torch.eye(6))
+    assert abs(flat['abundance'] - 6) < 1e-6 and abs(flat['effective rank'] - 6) < 1e-6
+    table = np.random.default_rng(0).standard_normal((50, 6)) * [8, 4, 2, 1, .5, .1]
+    s = np.linalg.svd(table, compute_uv=False)
+    found, p = models.spectrum(torch.from_numpy(table)), s / s.sum()
+    assert abs(found['abundance'] - s.sum() / s[0]) < 1e-6
+    assert abs(found['effective rank'] - np.exp(-(p * np.log(p)).sum())) < 1e-6
+
+
+def fake_run(strategy, seed, ndcg, dataset='office', **more):
+    """A row of a results file whose users have the given NDCG@10."""
+    given = {'dataset': dataset, 'strategy': strategy, 'seed': seed, 'model': 'sgcl', 'dim': 8,
+             'cold': 0., 'seen': 'keep', 'preset': 'paper', 'encoder': 'mpnet', **more}
+    scores = {'Recall@10': float(np.mean(ndcg > 0)), 'NDCG@10': float(np.mean(ndcg))}
+    part = {'abundance': 2., 'effective rank': 3.}
+    return {'settings': given, 'test': scores, 'valid': scores, 'best epoch': 2, 'parameters': 9,
+            'seconds': 3., 'paper': '.1/.2', 'ranks': llminit.pack(ndcg), 'curve': [[1., .1, 1.],
+            [.9, .2, 1.]], 'spectrum': {'users': part, 'items': part},
+            'by training interactions, from': {'3': {'users': 5, **scores},
+                                               '5': {'users': 4, **scores}}}
+
+
+def fake_results(path):
+    """A results file of three strategies, two seeds; returns {strategy: ndcg (2, n)}."""
+    rng, runs = np.random.default_rng(0), {}
+    for strategy, chance in (('none', .1), ('rand', .3), ('var', .35)):
+        rank = rng.integers(0, 10, (2, 900))
+        runs[strategy] = np.where(rng.random((2, 900)) < chance, 1 / np.log2(2. + rank), 0)
+    path.write_text(''.join(json.dumps(fake_run(strategy, seed, ndcg[seed])) + '\n'
+                            for strategy, ndcg in runs.items() for seed in (0, 1)))
+    return runs
+
+
+def test_the_report_is_mean_deviation_gain_and_holms_p(tmp_path):
+    runs = fake_results(tmp_path / 'r.jsonl')
+    lines, code, _ = report('table', tmp_path / 'r.jsonl', '--show', 'cost', 'valid', 'spectrum',
+                            'activity')
+    assert code == 0 and '2 comparisons' in lines[0]
+    at = next(n for n, line in enumerate(lines) if line.startswith('| strategy'))
+    head = [cell.strip() for cell in lines[at].strip('|').split('|')]
+    rows = [dict(zip(head, (cell.strip() for cell in line.strip('|').split('|'))))
+            for line in lines[at + 2:]]
+    assert [row['strategy'] for row in rows] == ['none', 'rand', 'var']
+    from scipy import stats                # p of the smaller one is doubled, of the other not
+    p = {name: stats.ttest_rel(runs[name].mean(0), runs['none'].mean(0)).pvalue
+         for name in ('rand', 'var')}
+    small, large = sorted(p, key=p.get)
+    expected = {small: 2 * p[small], large: max(2 * p[small], p[large])}
+    for row in rows:
+        ndcg = runs[row['strategy']].mean(1)
+        assert row['NDCG@10'] == f'{ndcg.mean():.4f} +- {ndcg.std(ddof=1):.4f}'
+        assert row['paper'] == '.1/.2' and row['seeds'] == '2' and row['from 5']
+        if row['strategy'] != 'none':
+            assert row['p'] == f'{expected[row["strategy"]]:.1g}'
+            assert row['gain'] == f'{ndcg.mean() / runs["none"].mean() - 1:+.1%}'
+    assert 'over rand' in report('table', tmp_path / 'r.jsonl', '--against', 'rand')[0][0]
+
+
+def test_the_report_leaves_damage_out_and_says_what_is_wrong(tmp_path):
+    fake_results(tmp_path / 'r.jsonl')
+    good = (tmp_path / 'r.jsonl').read_text()
+    broken = json.loads(good.splitlines()[0])
+    broken['ranks'] = llminit.pack(np.zeros(900))                      # not those of its score
+    (tmp_path / 'r.jsonl').write_text(f'{{"cut\n[]\n{json.dumps(broken)}\n{good[:-9]}')
+    lines, code, err = report('table', tmp_path / 'r.jsonl')
+    assert code == 0 and err.count('left out') == 4 and any('| var |' in line for line in lines)
+    for args in (['table', tmp_path / 'nothing'], ['table', tmp_path / 'r.jsonl', '--only', 'x=1'],
+                 ['table', tmp_path / 'r.jsonl', '--only', 'model=sgl']):
+        lines, code, err = report(*args)
+        assert code == 1 and not lines and err.splitlines()[-1].startswith('report: ')
+
+
+@pytest.mark.parametrize('x', ['dim', 'cold', 'users', 'epoch'])
+def test_the_figures_are_drawn_or_matplotlib_is_asked_for(tmp_path, x):
+    runs = [fake_run(strategy, 0, np.full(9, 1.), dim=dim, cold=cold)
+            for strategy in ('none', 'var') for dim in ((8, 16) if x == 'dim' else (8,))
+            for cold in ((0., .5) if x == 'cold' else (0.,))]
+    (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs)))
+    lines, code, err = report('plot', tmp_path / 'f.png', tmp_path / 'r.jsonl', '--x', x)
+    if importlib.util.find_spec('matplotlib'):
+        assert code == 0 and (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG')
+    else:
+        assert code == 1 and err == 'report: the figures need matplotlib: pip install matplotlib\n'
 
 
 # ---- data.py ---------------------------------------------------------------------------------

@@ -1,73 +1,303 @@
-"""What llminit.py printed, as one table: python experiments/report.py FILE [FILE ...]
+"""Tables and figures of the runs in a results file of llminit.py.
 
-FILE holds result rows with their header lines, as they come from
+    python experiments/report.py table RESULTS.jsonl                       # Markdown
+    python experiments/report.py table RESULTS.jsonl --against rand --show valid cost
+    python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch
 
-    python llminit.py ... | tail -3 >> FILE
+Runs that differ in nothing but the seed are one row: mean +- standard deviation (n - 1) over the
+seeds. Settings are columns where they differ; what all runs share stands above. One table for each
+protocol (--seen, --preset), datasets side by side as in Table 1 of the paper, whose figures stand
+beside ours where the runs have its protocol.
 
-Rows that differ only in seed, epoch and time are one cell: mean +- standard deviation over the
-seeds, and the gain of NDCG@10 over strategy none of the same model. Numpy only.
+gain is the relative gain in NDCG@10 over the row of the same settings with strategy `none` (or
+--against), p a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean NDCG@10
+over the seeds that both rows have. Corrected by Holm's method for all comparisons of the table.
+The users are the sample, not the seeds: a p says that these models differ for users like these.
+
+This file knows the results file and nothing else. numpy and scipy; plot also asks for matplotlib.
 """
 import argparse
+import base64
+import json
 import sys
+import zlib
 from collections import defaultdict
 
 import numpy as np
+import scipy.stats
 
-VARIES = ('Recall@10', 'NDCG@10', 'seed', 'best epoch', 'seconds', 'parameters')
+PROTOCOL = 'seen', 'preset'
+APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
+OF_STRATEGY = 'strategy', 'encoder', 'whiten', 'popular', 'pool'
+ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # these columns first
+METRICS = 'Recall@10', 'NDCG@10'
+# Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey
+COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
+MARKERS, DASHES = 'osD^vPX', ('-', '--', '-.', ':')
 
 
-def read_rows(path):
-    """[{column: text}] of the Markdown rows in a file; a row counts under the last header."""
-    header, rows = None, []
-    with open(path, encoding='utf8') as file:
-        for line in file:
-            cells = [cell.strip() for cell in line.strip().strip('|').split('|')]
-            if cells[0] == 'dataset':
-                header = cells
-            elif header and len(cells) == len(header) and set(cells[0]) != {'-'}:
-                rows.append(dict(zip(header, cells)))
+def read(paths):
+    """The runs of results files, [dict]; of runs with equal settings the last."""
+    runs = {}
+    for path in paths:
+        with open(path, encoding='utf8') as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    run = json.loads(line)
+                    run['ndcg'] = users_ndcg(run)
+                    runs[json.dumps(run['settings'], sort_keys=True)] = run
+                except (ValueError, KeyError, TypeError, zlib.error) as error:
+                    print(f'note: {path} line {number} left out ({error!r})', file=sys.stderr)
+    if not runs:
+        raise ValueError(f'no runs in {", ".join(paths)}')
+    return list(runs.values())
+
+
+def users_ndcg(run):
+    """NDCG@10 of each user (n,), from the packed rank of the user's one target."""
+    ranks = np.frombuffer(zlib.decompress(base64.b64decode(run['ranks'])), np.uint8)
+    ndcg = np.where(ranks < 10, 1 / np.log2(2. + ranks), 0)
+    if abs(ndcg.mean() - run['test']['NDCG@10']) > 1e-9:
+        raise ValueError('the ranks do not give the NDCG@10')
+    return ndcg
+
+
+def freeze(settings, without=()):
+    """Settings as a key of a dict."""
+    return tuple(sorted((name, value) for name, value in settings.items() if name not in without))
+
+
+def group(runs):
+    """{settings but dataset and seed: {dataset: {seed: run}}}, in the order of the runs."""
+    rows = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        one = run['settings']
+        rows[freeze(one, ('dataset', 'seed'))][one['dataset']][one['seed']] = run
     return rows
 
 
-def spread(values):
-    """'0.1234 +- 0.0012': mean and standard deviation (n - 1) over the seeds."""
-    sigma = f' +- {np.std(values, ddof=1):.4f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.4f}{sigma}'
+def spread(values, digits=4):
+    """'0.1234 +- 0.0012', of one seed without the second."""
+    sigma = f' +- {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.{digits}f}{sigma}'
 
 
-def table(rows):
-    """Yields the lines of the table, cells in the order in which they were first printed."""
-    cells = defaultdict(dict)
-    for row in rows:
-        key = tuple((name, text) for name, text in row.items() if name not in VARIES)
-        cells[key][row['seed']] = row                          # a seed run twice counts once
-    base = {}
-    columns = list(dict.fromkeys(name for key in cells for name, _ in key))
-    yield f'| {" | ".join(columns)} | seeds | Recall@10 | NDCG@10 | over none | seconds |'
-    yield '| ' + ' | '.join(['---'] * (len(columns) + 5)) + ' |'
-    for key, seeds in cells.items():
-        what = dict(key)
-        recall, ndcg, seconds = (np.array([float(row[name]) for row in seeds.values()])
-                                 for name in ('Recall@10', 'NDCG@10', 'seconds'))
-        group = tuple(text for name, text in key if name in ('dataset', 'model', 'seen', 'preset'))
-        if what['strategy'] == 'none':
-            base[group] = ndcg.mean()
-        gain = f'{ndcg.mean() / base[group] - 1:+.1%}' if group in base else ''
-        yield (f'| {" | ".join(what.get(name, "") for name in columns)} | {len(seeds)} | '
-               f'{spread(recall)} | {spread(ndcg)} | {gain} | {seconds.mean():.0f} |')
+def compare(rows, against):
+    """{(row, dataset): (gain, p)} over the row of strategy `against` with the same settings; p is
+    Holm's for all of them, None where the seeds in common have other users."""
+    base, out = {}, {}
+    for key, datasets in rows.items():
+        if dict(key)['strategy'] == against:
+            base.setdefault(freeze(dict(key), OF_STRATEGY), datasets)
+    for key, datasets in rows.items():
+        other = base.get(freeze(dict(key), OF_STRATEGY), {})
+        for name, runs in datasets.items():
+            seeds = sorted(set(runs) & set(other.get(name, ())))
+            if not seeds or runs is other[name]:
+                continue
+            mine, theirs = (np.mean([some[seed]['ndcg'] for seed in seeds], axis=0)
+                            for some in (runs, other[name]))
+            out[key, name] = (mine.mean() / theirs.mean() - 1,
+                              scipy.stats.ttest_rel(mine, theirs).pvalue)
+    smallest = sorted(out, key=lambda where: out[where][1])
+    worst = 0.
+    for n, where in enumerate(smallest):                   # Holm: the smallest times their number
+        worst = max(worst, min(1., out[where][1] * (len(out) - n)))
+        out[where] = out[where][0], worst
+    return out
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('files', nargs='+', metavar='FILE')
-    args = p.parse_args()
+def extra_columns(runs, show):
+    """{column: text} of a row's runs on one dataset, for each thing to show."""
+    runs, out = list(runs.values()), {}
+
+    def mean(get, digits=0):
+        return f'{np.mean([get(run) for run in runs]):,.{digits}f}'
+    if 'valid' in show:
+        out['valid NDCG@10'] = spread([run['valid']['NDCG@10'] for run in runs])
+    if 'cost' in show:
+        out |= {'parameters': mean(lambda run: run['parameters']),
+                'best epoch': mean(lambda run: run['best epoch']),
+                'seconds': mean(lambda run: run['seconds'])}
+    if 'spectrum' in show:
+        out |= {f'{what} of {table}': mean(lambda run: run['spectrum'][table][what], 1)
+                for what in ('abundance', 'effective rank') for table in ('users', 'items')}
+    if 'activity' in show:
+        key = 'by training interactions, from'
+        for at in sorted({at for run in runs for at in run[key]}, key=int):
+            some = [run[key][at] for run in runs if at in run[key]]
+            out[f'from {at}'] = f'{np.mean([part["NDCG@10"] for part in some]):.4f}'
+    return out
+
+
+def cells_of(runs, gain, paper, show):
+    """{column: text} of a row on one dataset."""
+    out = {name: spread([run['test'][name] for run in runs.values()]) for name in METRICS}
+    out['gain'], out['p'] = (f'{gain[0]:+.1%}', f'{gain[1]:.1g}') if gain else ('', '')
+    if paper:
+        out['paper'] = next(iter(runs.values()))['paper']
+    return out | {'seeds': str(len(runs))} | extra_columns(runs, show)
+
+
+def table(runs, against, show):
+    """Yields the lines of a Markdown table of runs that share a protocol."""
+    rows = group(runs)
+    gains = compare(rows, against)
+    names = sorted({name for key in rows for name, _ in key if name not in APART},
+                   key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    differ = [name for name in names if len({dict(key).get(name) for key in rows}) > 1]
+    first = dict(next(iter(rows)))
+    shared = [f'{name} {first[name]}' for name in (*PROTOCOL, *names)
+              if name not in differ and first.get(name) is not None]
+    yield f'{", ".join(shared)}; gain over {against}, p by paired t-test over users, Holm over ' \
+          f'{len(gains)} comparisons'
+    yield ''
+    datasets = list(dict.fromkeys(run['settings']['dataset'] for run in runs))
+    paper = any(run['paper'] != '-' for run in runs) and first['seen'] == 'keep'
+    lines = [(dict(key), {name: cells_of(found[name], gains.get((key, name)), paper, show)
+                          for name in datasets if found.get(name)}) for key, found in rows.items()]
+    columns = [(name, column) for name in datasets for column in dict.fromkeys(
+        column for _, cells in lines for column in cells.get(name, ()))]
+    many = len(datasets) > 1
+    head = differ + [f'{name} {column}' if many else column for name, column in columns]
+    yield f'{"" if many else datasets[0]}\n\n'.lstrip('\n') + f'| {" | ".join(head)} |'
+    yield '| ' + ' | '.join(['---'] * len(head)) + ' |'
+    for settings, cells in lines:
+        line = [str(settings.get(name, '')) for name in differ]
+        line += [cells.get(name, {}).get(column, '') for name, column in columns]
+        yield f'| {" | ".join(line)} |'
+
+
+def curves(runs, x):
+    """{(dataset, label): {x: [run]}} for a figure: a line for each set of settings but x."""
+    settings = [run['settings'] for run in runs]
+    names = [name for name in settings[0] if name not in (x, 'dataset', 'seed')
+             and len({str(one.get(name)) for one in settings}) > 1]
+    out = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        one = run['settings']
+        told = [f'{one[name]}' if name in ('model', 'strategy', 'encoder') else
+                f'{name} {one[name]}' for name in sorted(names, key=lambda n: n not in ORDER)]
+        out[one['dataset'], ' '.join(told) or one['strategy']][one.get(x)].append(run)
+    return out
+
+
+def draw_settings(axes, lines, x, y):
+    """A line with error bars for each set of settings; y(run) against the setting x."""
+    for n, (label, points) in enumerate(lines.items()):
+        places = sorted(points)
+        values = [[y(run) for run in points[at]] for at in places]
+        axes.errorbar(places, [np.mean(v) for v in values],
+                      [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label,
+                      color=COLOURS[n % 7], marker=MARKERS[n % 7], ls=DASHES[n % 4], capsize=3)
+    if x == 'dim':
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(places, [str(at) for at in places])
+    axes.set_xlabel({'dim': 'K, dimensions', 'cold': 'share of training interactions removed'}[x])
+
+
+def draw_users(axes, lines):
+    """NDCG@10 of users by training interactions, a line for each set of settings."""
+    key = 'by training interactions, from'
+    for n, (label, points) in enumerate(lines.items()):
+        runs = [run for some in points.values() for run in some]
+        places = sorted({int(at) for run in runs for at in run[key]})
+        values = [np.mean([run[key][str(at)]['NDCG@10'] for run in runs if str(at) in run[key]])
+                  for at in places]
+        axes.plot(range(len(places)), values, label=label, color=COLOURS[n % 7],
+                  marker=MARKERS[n % 7], ls=DASHES[n % 4])
+        ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(places, places[1:])] + [' or more']
+        axes.set_xticks(range(len(places)), [f'{a}{b}' for a, b in zip(places, ends)])
+    axes.set_xlabel('training interactions of the user')
+
+
+def draw_epochs(axes, lines):
+    """Validation NDCG@10 by epoch, the first seed of each set of settings; the best is marked."""
+    for n, (label, points) in enumerate(lines.items()):
+        run = next(iter(points.values()))[0]
+        valid, best = [ndcg for _, ndcg, _ in run['curve']], run['best epoch']
+        axes.plot(range(1, len(valid) + 1), valid, label=label, color=COLOURS[n % 7],
+                  ls=DASHES[n % 4])
+        axes.plot([best], [valid[best - 1]], color=COLOURS[n % 7], marker=MARKERS[n % 7])
+    axes.set_xlabel('epoch')
+
+
+def plot(runs, x, path):
+    """Draws a PNG: a column for each dataset; for dim also the effective rank of the tables."""
     try:
-        rows = [row for path in args.files for row in read_rows(path)]
-    except OSError as error:
+        import matplotlib
+    except ImportError:
+        raise ValueError('the figures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    lines = defaultdict(dict)
+    for (dataset, label), points in curves(runs, x).items():
+        lines[dataset][label] = points
+    ranks = x == 'dim'
+    figure, grid = pyplot.subplots(1 + ranks, len(lines), squeeze=False, layout='constrained',
+                                   figsize=(5.2 * len(lines), 3.9 * (1 + ranks)))
+    for column, (dataset, some) in enumerate(lines.items()):
+        axes = grid[0, column]
+        if x in ('dim', 'cold'):
+            draw_settings(axes, some, x, lambda run: run['test']['NDCG@10'])
+        else:
+            {'users': draw_users, 'epoch': draw_epochs}[x](axes, some)
+        axes.set_ylabel('validation NDCG@10' if x == 'epoch' else 'test NDCG@10')
+        axes.set_title(dataset)
+        if ranks:
+            draw_settings(grid[1, column], some, x,
+                          lambda run: run['spectrum']['items']['effective rank'])
+            grid[1, column].set_ylabel('effective rank of the item table')
+            grid[1, column].set_yscale('log', base=2)
+    for axes in grid.flat:
+        axes.grid(alpha=.3)
+    grid[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=150, format='png')
+
+
+def arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    commands = p.add_subparsers(dest='command', required=True)
+    one = commands.add_parser('table', help='Markdown')
+    one.add_argument('--against', default='none', metavar='STRATEGY', help='what gains are over')
+    one.add_argument('--show', nargs='+', default=[], choices=('valid', 'cost', 'spectrum',
+                                                               'activity'))
+    two = commands.add_parser('plot', help='a PNG')
+    two.add_argument('file', metavar='FILE.png')
+    two.add_argument('--x', default='dim', choices=('dim', 'cold', 'users', 'epoch'))
+    for sub in (one, two):
+        sub.add_argument('results', nargs='*', default=['results.jsonl'])
+        sub.add_argument('--only', nargs='+', default=[], metavar='NAME=VALUE',
+                         help='settings that a run must have, such as model=sgl strategy=none,var')
+    return p.parse_args(argv)
+
+
+def chosen(runs, only):
+    """The runs whose settings have one of the given values."""
+    for condition in only:
+        name, _, values = condition.partition('=')
+        if name not in runs[0]['settings']:
+            raise ValueError(f'{name} is no setting: {", ".join(runs[0]["settings"])}')
+        runs = [run for run in runs if str(run['settings'].get(name)) in values.split(',')]
+        if not runs:
+            raise ValueError(f'no run with {condition}')
+    return runs
+
+
+def main(argv=None):
+    args = arguments(argv)
+    try:
+        runs = chosen(read(args.results), args.only)
+        if args.command == 'plot':
+            plot(runs, args.x, args.file)
+            return
+        protocols = defaultdict(list)
+        for run in runs:
+            protocols[tuple(run['settings'][name] for name in PROTOCOL)].append(run)
+        print('\n\n'.join('\n'.join(table(some, args.against, args.show))
+                          for some in protocols.values()))
+    except (ValueError, OSError) as error:
         sys.exit(f'report: {error}')
-    if not rows:
-        sys.exit(f'report: no result rows in {", ".join(args.files)}')
-    print('\n'.join(table(rows)))
 
 
 if __name__ == '__main__':
