@@ -145,9 +145,13 @@ def pool_users(train, items0, pool='mean'):
     return history @ items0                                          # eq. (1), (U, K)
 
 
-def xavier(rng, rows, K):
-    """The baselines' random start [authors' code], uniform on +-sqrt(6 / (rows + K)): (rows, K)."""
-    return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
+def xavier(rng, rows, K, columns=slice(None)):
+    """The baselines' random start [authors' code], uniform on +-sqrt(6 / (rows + K)): (rows, K), or
+    those columns of it, drawn some rows at a time."""
+    bound, step = np.sqrt(6 / (rows + K)), 2 ** 16
+    parts = [(rng.uniform(-1, 1, (min(step, rows - n), K))[:, columns] * bound).astype(np.float32)
+             for n in range(0, rows, step)]
+    return np.concatenate(parts)
 
 
 def settings_of(args):
@@ -171,8 +175,10 @@ def training_settings(args):
 
 
 def sizes(dataset, pairs, train, valid, test):
-    """One line on the data of a run, csr (U, I) each."""
+    """One line on the data of a run, csr (U, I) each; ValueError where nothing can be tested."""
     U, I = pairs.shape
+    if not test.nnz:
+        raise ValueError('no user has two interactions, so there is nothing to test with')
     return (f'{dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} train,'
             f' {valid.nnz:,} valid, {test.nnz:,} test')
 
@@ -286,6 +292,15 @@ def save_run(folder, run, tables, recommended, titles):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def keep(args, scores, split, facts, names, tables, recommended, titles, rank):
+    """The files of --save, or the recommendations of --load again, by the first process alone."""
+    if args.save and not rank:
+        save_run(args.save, run_facts(args, scores, split, facts, names), tables, recommended,
+                 titles)
+    elif not rank:
+        write_recommendations(args.load, recommended, names, titles)
+
+
 def pack(ndcg):
     """NDCG@10 of users with one target each, (n,), as text: a byte a user, the target's rank from
     0, 10 for none of the first ten; deflated, base64. unpack() gives it back."""
@@ -348,7 +363,8 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message):
-        self.exit(2, f'llminit: error: {message}\n')
+        first = os.environ.get('RANK', '0') == '0'         # of the processes of torchrun
+        self.exit(2, f'llminit: error: {message}\n' if first else None)
 
 
 def whole(least):
@@ -516,6 +532,8 @@ def pending(cells):
     log: what models.train says an epoch's line to; header: does the table begin here? A single
     run says all its lines; of a grid a terminal shows one live line, a pipe a line a run.
     """
+    if cells[0].save:
+        check_folder(cells[0].save)
     path, began = cells[0].results, False
     for n, args in enumerate(cells):
         rows, damaged = read_results(path) if path else ([], 0)
@@ -558,56 +576,57 @@ def once(function):
 
 
 def main(argv=None):
-    """Each run from data to result row, a line a stage."""
+    """Each run from data to result row, a line a stage. Under torchrun every process does all of it
+    with its columns of the tables; the first prints and saves."""
     cells = parse(argv)
     import torch
     import data
     import embed
     import models
     load, encode = once(data.load), once(embed.encode)
+    rank, device = models.join(cells[0].device)
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
     for args, log, header in pending(cells):
-        started, device = time.time(), models.pick_device(args.device)
-        rng = np.random.default_rng(args.seed)
-        if args.save:
-            check_folder(args.save)
+        started, rng = time.time(), np.random.default_rng(args.seed)
         pairs, texts, titles, *names = load(                                 # csr (U, I), I texts
             args.dataset, args.data, min_rating=args.min_rating, core=args.core,
             text_columns=args.text_columns and args.text_columns.split(','))
         train, valid, test = split = data.split(pairs, rng)                  # csr (U, I) each
         train = data.thin(train, args.cold, rng)                             # csr (U, I)
         (U, I), K = train.shape, args.dim
-        if not test.nnz:
-            raise ValueError('no user has two interactions, so there is nothing to test with')
         log(sizes(args.dataset, pairs, train, valid, test))
         if args.load:
             *tables, facts = load_run(args.load, split, names)               # trained before
-            users, items = (torch.from_numpy(table).to(device) for table in tables)
+            users, items = (torch.from_numpy(table[:, models.columns(facts['K'])]).to(device)
+                            for table in tables)
         else:
-            if args.strategy == 'none':
-                users0, items0 = xavier(rng, U, K), xavier(rng, I, K)        # without any text
+            if args.strategy == 'none':                                      # without any text
+                users0, items0 = (xavier(rng, n, K, models.start_columns(args.model, K))
+                                  for n in (U, I))
             else:
                 vectors = encode(texts, args.encoder, ids=names[1], cache=args.cache,
                                  device=device)                              # (I, N)
                 items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
                                      popular=args.popular, degree=train.getnnz(axis=0))  # (I, K)
+                K = items0.shape[1]
+                items0 = items0[:, models.start_columns(args.model, K)]
                 users0 = pool_users(train, items0, args.pool)                # (U, K)
             users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
                                                device=device, log=log, **training_settings(args))
-            facts = {'best epoch': best_epoch(curve)['epoch'], 'K': items.shape[1],
-                     'parameters': users0.size + items0.size}
+            facts = {'best epoch': best_epoch(curve)['epoch'], 'K': models.width(items),
+                     'parameters': (U + I) * K}
         seen = train + valid if args.seen == 'mask' else None
         scores = models.evaluate(users, items, test, seen)                   # (n,) each
-        if args.save or args.load:
-            best = models.recommend(users, items, pairs, args.top)           # (U, top) twice
-        if args.save:
-            save_run(args.save, run_facts(args, scores, split, facts, names),
-                     (users.cpu(), items.cpu()), best, titles)
-        elif args.load:
-            write_recommendations(args.load, best, names, titles)
         facts['seconds'] = time.time() - started
-        if args.results:
+        if args.results and not rank:
             append(args.results, result(args, scores, facts, train, test, curve))
+        if args.save or args.load:
+            tables = [models.gathered(table).cpu().numpy() for table in (users, items)]
+            best = models.recommend(users, items, pairs, args.top)           # (U, top) twice
+            keep(args, scores, split, facts, names, tables, best, titles, rank)
         say(result_row(args, scores, facts, header))
+    models.leave()
 
 
 def command(argv=None):
@@ -615,7 +634,10 @@ def command(argv=None):
     try:
         main(argv)
     except (ValueError, OSError) as error:
-        print('llminit: error:', ' '.join(str(error).split()), file=sys.stderr)
+        rank = int(os.environ.get('RANK', 0))
+        time.sleep(2 * bool(rank))             # who fails first ends the others: one line, not W
+        print('llminit: error:', ' '.join(str(error).split()),
+              file=sys.__stderr__ if rank else sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('llminit: stopped', file=sys.stderr)

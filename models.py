@@ -20,6 +20,10 @@ Propagation is linear and A_hat symmetric: the backward pass is the same product
 kept for it. A batch needs z at its own rows only, so on a CPU the products run on the receptive
 field of the batch: the exact result from a fraction of the work.
 
+Under torchrun each of W processes holds K/W columns of the table and its own copy of the graph.
+Propagation acts on each column by itself, so it sends nothing; sums over K are completed by
+together(), through which all of them go. See join() and columns().
+
 Not here: texts (embed.py), choosing dimensions (llminit.py), reading and splitting (data.py).
 Shapes: U users, I items, K dimensions, N text dimensions, B batch, L layers, R rows asked for,
 P pairs.
@@ -27,12 +31,15 @@ Needs numpy, scipy, torch. MIT licence, from LLMInit's reference implementation.
 """
 import contextlib
 import ctypes
+import datetime
+import os
 import time
 import warnings
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 
@@ -167,19 +174,76 @@ def on_device(graph, device):
     return sparse_tensor(graph, 'coo' if device == 'mps' else 'csr').to(device)
 
 
+def ranks():
+    """(rank, W): which of how many processes share the K dimensions; (0, 1) alone."""
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
+def columns(K):
+    """The slice of K dimensions that this process holds; ValueError where there is none for it."""
+    rank, W = ranks()
+    if W > K:
+        raise ValueError(f'{K} dimensions cannot be split over {W} processes: start at most {K}')
+    return slice(K * rank // W, K * (rank + 1) // W)
+
+
+def start_columns(name, K):
+    """The slice of a start's K columns that a model of this name takes in this process."""
+    return slice(None) if name == 'morec' else columns(K)
+
+
+class AllReduce(torch.autograd.Function):
+    """x summed over all processes. Each of them goes on to the same loss of the sum, so the
+    gradient of its own x is the gradient of the sum, as it is: nothing is sent backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.detach().clone()
+        try:
+            dist.all_reduce(x)
+        except RuntimeError as error:
+            raise OSError(f'another process is gone or a minute late ({error})') from None
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def together(*parts):
+    """Sums over the columns of this process -> sums over all K: tensors of any shapes, in one
+    message. Alone, the tensors as they are."""
+    if ranks()[1] == 1:
+        return parts
+    flat = AllReduce.apply(torch.cat([part.flatten() for part in parts]))
+    return [whole.view(part.shape) for whole, part
+            in zip(flat.split([part.numel() for part in parts]), parts)]
+
+
+def width(x):
+    """K of a table of which this process holds some columns (n, K/W)."""
+    return int(together(torch.tensor(float(x.shape[1]), device=x.device))[0])
+
+
+def gathered(x):
+    """All K columns of a table of which each process holds its own: (n, K/W) -> (n, K)."""
+    if ranks()[1] == 1:
+        return x
+    K = width(x)
+    whole = x.new_zeros(len(x), K)
+    whole[:, columns(K)] = x
+    return together(whole)[0]
+
+
 def dot(a, b):
     """Row-wise dot products: (B, K), (B, K) -> (B,)."""
-    return (a * b).sum(1)
+    return together((a * b).sum(1))[0]
 
 
 def length(x):
     """Lengths of rows, (B, K) -> (B, 1), at least 1e-4, which bounds the gradient of a zero row."""
     return dot(x, x).clamp_min(1e-8).sqrt()[:, None]
-
-
-def unit(x):
-    """Rows of length 1: (B, K) -> (B, K). A zero row stays zero."""
-    return x / length(x)
 
 
 def bpr(positive, negative):
@@ -211,7 +275,7 @@ class InfoNCE(torch.autograd.Function):
         for start in range(0, len(q), step):
             part = slice(start, start + step)
             some, w = q[part], weight[part]                                             # (C, K)
-            logits = torch.mm(some / tau, k.T, out=buffer[:len(some)])                  # (C, M)
+            logits, = together(torch.mm(some / tau, k.T, out=buffer[:len(some)]))       # (C, M)
             positive = logits.gather(1, own[part, None])
             safe = tau > .025          # then exp((-1 - 1)/tau) is no zero in float32
             top = 1 / tau if safe else logits.amax(1, keepdim=True)
@@ -280,8 +344,11 @@ class LightGCN(torch.nn.Module):
         nodes = torch.cat([users, positives + self.n_users, negatives + self.n_users])
         z, start = self.at(nodes, self.graphs)
         zu, zi, zj = z.chunk(3)                                                         # (B, K)
-        norms = sum(dot(part, part).sum().sqrt() for part in start.chunk(3))
-        return bpr(dot(zu, zi), dot(zu, zj)), self.reg / len(users) * norms
+        positive, negative, *squares = together(
+            (zu * zi).sum(1), (zu * zj).sum(1),
+            *((part * part).sum(1).sum() for part in start.chunk(3)))
+        norms = sum(square.sqrt() for square in squares)
+        return bpr(positive, negative), self.reg / len(users) * norms
 
     def loss(self, users, positives, negatives):
         """BPR, mean over the batch, and the regulariser -> scalar."""
@@ -357,9 +424,11 @@ class SGCL(LightGCN):
         Cosines, summed over the batch; the terms of b with itself stay in [authors' code].
         """
         z, _ = self.at(torch.cat([users, positives + self.n_users]), self.graphs)
-        u, i = unit(z).chunk(2)                                                         # (B, K)
-        logits = torch.cat([u @ u.T, i @ i.T], 1) / self.tau                            # (B, 2B)
-        return logits.logsumexp(1).sum() - dot(u, i).sum() / self.tau
+        u, i = z.chunk(2)                                                               # (B, K)
+        uu, ii, ui = together(u @ u.T, i @ i.T, (u * i).sum(1))
+        u, i = (products.diagonal().clamp_min(1e-8).sqrt() for products in (uu, ii))    # lengths
+        cosines = torch.cat([uu / u / u[:, None], ii / i / i[:, None]], 1)              # (B, 2B)
+        return ((cosines / self.tau).logsumexp(1) - ui / u / i / self.tau).sum()
 
 
 class MoRec(LightGCN):
@@ -374,7 +443,8 @@ class MoRec(LightGCN):
         self.table.requires_grad_(False)                                                # (U+I, N)
         N = users0.shape[1]
         draw = (rng or np.random.default_rng(0)).uniform(-1, 1, (N, dim)) * (6 / (N + dim)) ** .5
-        self.projection = torch.nn.Parameter(torch.from_numpy(draw.astype(np.float32)).to(device))
+        draw = np.ascontiguousarray(draw[:, columns(dim)], np.float32)                  # (N, K/W)
+        self.projection = torch.nn.Parameter(torch.from_numpy(draw).to(device))
 
     def trained(self):
         return self.embeddings()
@@ -398,7 +468,7 @@ def outranked(users, items, pair_user, pair_item, need):
     Counts among the eighth of the items with the longest vectors, which fill most first places,
     and only scores that are higher by more than two dot products can be rounded.
     """
-    sizes, K = length(items), items.shape[1]
+    sizes, K = length(items), width(items)
     head = items[sizes[:, 0].topk(len(items) // 8).indices].T                           # (K, I/8)
     rounding = length(users) * sizes.max() * (K * 2. ** -23)                            # (U, 1)
     out, step = np.empty(len(need), bool), max(1, 2 ** 20 // max(head.shape[1], K))
@@ -406,7 +476,8 @@ def outranked(users, items, pair_user, pair_item, need):
         part = slice(start, start + step)
         u, i = users[pair_user[part]], items[pair_item[part]]                           # (C, K)
         bar = dot(u, i)[:, None] + rounding[pair_user[part]]                            # (C, 1)
-        out[part] = torch.mm(u, head).gt_(bar).sum(1).cpu().numpy() >= need[part]
+        scores, = together(torch.mm(u, head))                                           # (C, I/8)
+        out[part] = scores.gt_(bar).sum(1).cpu().numpy() >= need[part]
     return out
 
 
@@ -428,7 +499,7 @@ def target_ranks(users, items, target, seen=None, k=None):
     buffer = items.new_empty(min(step, len(left)), len(items))
     for part in np.split(left, range(step, len(left), step)):
         u, i = pair_user[part], pair_item[part]
-        scores = torch.mm(users[u], items.T, out=buffer[:len(u)])                       # (C, I)
+        scores, = together(torch.mm(users[u], items.T, out=buffer[:len(u)]))            # (C, I)
         own = scores[np.arange(len(u)), i][:, None]                                     # (C, 1)
         above = len(items) - 1                             # less those below, less those seen
         if seen is not None:
@@ -471,7 +542,7 @@ def recommend(users, items, seen, n=10):
     for start in range(0, len(users), step):
         rows = slice(start, start + step)
         known = seen[rows]
-        score = users[rows] @ items.T                                                   # (C, I)
+        score, = together(users[rows] @ items.T)                                        # (C, I)
         score[np.repeat(np.arange(len(score)), np.diff(known.indptr)), known.indices] = -torch.inf
         best, item = (part.cpu().numpy() for part in score.topk(n))
         scores[rows], picked[rows] = best, np.where(best == -np.inf, -1, item)
@@ -501,6 +572,30 @@ def pick_device(name='auto'):
     if name != 'auto' and not there[name]:
         raise ValueError(f'no {name} device here; found {", ".join(d for d in there if there[d])}')
     return next(d for d in there if there[d]) if name == 'auto' else name
+
+
+def join(name='auto'):
+    """Join the W processes that torchrun started, one device each -> rank, device; alone rank 0.
+
+    gloo on CPUs, nccl on CUDA. Collectives wait a minute for the slowest, so that none waits for
+    the dead. ValueError where there are fewer devices than processes here.
+    """
+    device = pick_device(name)
+    W, local = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
+    if W > 1 and not dist.is_initialized():
+        if device == 'mps' or device == 'cuda' and local >= torch.cuda.device_count():
+            raise ValueError(f'process {local} of this machine has no {device} device of its own')
+        if device == 'cuda':
+            torch.cuda.set_device(local)
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo',
+                                timeout=datetime.timedelta(seconds=60))
+    return ranks()[0], device
+
+
+def leave():
+    """Leave the other processes in order, if there are any."""
+    if ranks()[1] > 1:
+        dist.destroy_process_group()
 
 
 def captured(step, part):
@@ -535,7 +630,8 @@ def train_epoch(model, step, observed, batch, rng):
     users, positives = users[order], positives[order]
     triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, E)
     device, run, total = model.table.device, step, 0.
-    stream = torch.cuda.Stream() if device.type == 'cuda' else None
+    alone = ranks()[1] == 1                                # messages are not recorded
+    stream = torch.cuda.Stream() if device.type == 'cuda' and alone else None
     for n, part in enumerate(torch.from_numpy(triples).to(device).split(batch, dim=1)):  # (3, B)
         whole = part.shape[1] == batch
         if stream and n == 3 and whole:
@@ -579,8 +675,11 @@ def spectrum(table):
     'abundance'        information abundance, sum(s) / max(s) (arXiv 2310.04400)
     'effective rank'   exp of the entropy of s / sum(s) (Roy and Vetterli 2007)
     """
-    table = table.cpu().double()
-    s = torch.linalg.eigvalsh(table.T @ table).clamp_min(0).sqrt()                      # (K,)
+    gram = 0.
+    for rows in table.split(2 ** 16):                      # never the whole table in one process
+        rows = gathered(rows).cpu().double()                                            # (n, K)
+        gram = gram + rows.T @ rows                                                     # (K, K)
+    s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()                                 # (K,)
     entropy = torch.special.entr(s / s.sum()).sum()
     return {'abundance': float(s.sum() / s.max()), 'effective rank': float(entropy.exp())}
 
@@ -611,7 +710,8 @@ def train(name, observed, valid, users0, items0, rng, *, seen='mask', epochs=300
     'keep' leaves them in [authors' code]. epochs 300, batch 256, Adam lr 1e-3, patience 10
     [authors' code]; anchor: see optimiser(). curve: a dict for each epoch, 'best' where it is the
     best so far, 'spectrum' of the tables where it is the best of all. Without validation pairs the
-    last epoch is. ValueError if training diverges.
+    last epoch is. ValueError if training diverges. Under torchrun users0, items0, users and items
+    are this process's start_columns() and columns().
     """
     keep_pages()
     observed = observed.sorted_indices()                   # sample_negatives needs it

@@ -9,10 +9,21 @@ The peer has an environment of its own, as sentence-transformers brings much alo
     python -m venv PEER
     PEER/bin/pip install torch==2.13.0 sentence-transformers==6.2.0
 
+With --endpoint MODEL the texts also go to the server of OPENAI_BASE_URL, as --encoder openai:MODEL
+sends them. infinity-emb serves the same folder on loopback, again from its own environment:
+
+    python -m venv SERVER
+    SERVER/bin/pip install "infinity-emb[server,torch]==0.0.78" torch==2.13.0 "transformers<4.49" \
+        "optimum<2" "typer<0.16" "click<8.2"
+    SERVER/bin/infinity_emb v2 --model-id MPNET --served-model-name mpnet --engine torch \
+        --device cpu --no-bettertransformer --url-prefix /v1 --port 7997
+    OPENAI_BASE_URL=http://127.0.0.1:7997/v1 python experiments/encoders.py ... --endpoint mpnet
+
 Ours and theirs take turns, `--rounds` times, each in a process of its own with the same threads.
 Theirs is timed without loading the model, ours with it. What is printed are medians over the
 rounds, by the clock and by CPU seconds (which other programs disturb less), the ratio of both to
-the peer, and the least cosine of any text to the peer's float32. bfloat16 is run where the CPU
+the peer, and of all texts the least cosine and the largest difference of a number to the peer's
+float32, or to ours where there is no peer. bfloat16 is run where the CPU
 multiplies it fast (AMX, AVX512-BF16). Not a test: it asserts nothing.
 """
 import argparse
@@ -44,13 +55,17 @@ np.save(out, vectors)
 
 
 def ours(texts, out, folder, threads, dtype):
-    """Encodes the texts once; prints the seconds by the clock and of CPU."""
+    """Encodes once, in dtype or by openai:MODEL; prints the seconds by the clock and of CPU."""
     import embed
     import torch
     torch.set_num_threads(threads)
     texts = json.loads(Path(texts).read_text())
     wall, cpu = time.perf_counter(), time.process_time()
-    vectors = embed.run_mpnet(texts, folder, 'cpu', dtype)
+    if dtype.startswith('openai:'):
+        with tempfile.TemporaryDirectory() as cache:
+            vectors = embed.encode(texts, dtype, cache=cache)
+    else:
+        vectors = embed.run_mpnet(texts, folder, 'cpu', dtype)
     print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
     np.save(out, vectors)
 
@@ -64,16 +79,18 @@ def measure(*command):
 
 
 def table(runs, vectors, n_texts):
-    """A Markdown row for each encoder; the peer's, if there is one, is what ratios are to."""
+    """A Markdown row for each encoder, beside the peer if there is one, else beside float32."""
     middle = {name: [statistics.median(column) for column in zip(*rounds)]
               for name, rounds in runs.items()}
-    peer, oracle = middle.get('peer'), vectors.get('peer')
-    print('| encoder | texts/s | CPU s | speed to peer | by CPU s | least cosine |')
-    print('| --- | --- | --- | --- | --- | --- |')
+    beside = 'peer' if 'peer' in runs else 'float32'
+    oracle = vectors[beside]
+    print(f'| encoder | texts/s | CPU s | speed to {beside} | by CPU s | least cosine | '
+          'largest difference |')
+    print('| --- ' * 7 + '|')
     for name, (wall, cpu) in middle.items():
-        beside = (f'{peer[0] / wall:.2f} | {peer[1] / cpu:.2f} | '
-                  f'{(vectors[name] * oracle).sum(1).min():.6f} |' if peer else '| | |')
-        print(f'| {name} | {n_texts / wall:.1f} | {cpu:.1f} | {beside}')
+        print(f'| {name} | {n_texts / wall:.1f} | {cpu:.1f} | {middle[beside][0] / wall:.2f} | '
+              f'{middle[beside][1] / cpu:.2f} | {(vectors[name] * oracle).sum(1).min():.6f} | '
+              f'{np.abs(vectors[name] - oracle).max():.1g} |')
 
 
 def main():
@@ -85,6 +102,7 @@ def main():
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--peer', help='python of an environment with sentence-transformers')
+    p.add_argument('--endpoint', metavar='MODEL', help='also by the server of OPENAI_BASE_URL')
     p.add_argument('--only', nargs=3, help=argparse.SUPPRESS)    # one round of ours, here
     args = p.parse_args()
     if args.only:
@@ -98,9 +116,10 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         file, out = Path(scratch, 'texts.json'), {}
         file.write_text(json.dumps(texts))
-        dtypes = dict.fromkeys(['float32', embed.fast_dtype('cpu')])
+        names = ['peer'] * bool(args.peer) + ['float32', embed.fast_dtype('cpu')]
+        names += [f'openai:{args.endpoint}'] * bool(args.endpoint)
         for _ in range(args.rounds):
-            for name in [*(['peer'] if args.peer else []), *dtypes]:
+            for name in dict.fromkeys(names):
                 out[name] = Path(scratch, f'{name}.npy')
                 command = ((args.peer, '-c', PEER, file, out[name], args.folder, args.threads)
                            if name == 'peer' else
