@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -252,6 +253,13 @@ def test_users_who_have_every_item_are_left_out_of_the_batches():
 
 
 # ---- the command line ------------------------------------------------------------------------
+
+def free_port():
+    """A TCP port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
 
 def write_planted(folder, extra_item_columns=''):
     """A folder of the user's own, with titles that tell the tastes."""
@@ -692,6 +700,137 @@ def test_each_model_runs_with_each_strategy(tmp_path, capsys, model, strategy):
     assert cells[1:3] == [model, shown]
     if shown in ('var', 'pca', 'proj', 'full'):                        # which cannot miss the text
         assert float(cells[4]) > .3                                    # chance: about .1
+
+
+# ---- several processes ------------------------------------------------------------------------
+
+def torchrun(W, *args, timeout=120):
+    """A script under torchrun with W processes -> the finished process."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+               f'--nproc-per-node={W}', *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+STEPS = '''
+import json, sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+import models, test_llminit
+rank, _ = models.join('cpu')
+observed, losses = test_llminit.random_graph(60, 50, .2), {}
+for name in models.MODELS:
+    for views in ('edge', 'walk') if name == 'sgl' else ('edge',):
+        rng = np.random.default_rng(0)
+        start = [rng.standard_normal((n, 10)).astype(np.float32) for n in observed.shape]
+        start = [table[:, models.start_columns(name, 10)] for table in start]
+        own = {'morec': {'dim': 9, 'rng': rng}, 'sgl': {'views': views}}.get(name, {})
+        model = models.MODELS[name](models.adjacency(observed), *start, **own)
+        step = models.optimiser(model, .01, .5)
+        model.new_epoch(rng)
+        triples = torch.from_numpy(rng.integers(0, 40, (20, 3, 33)))
+        losses[name + views] = [float(step(batch)) for batch in triples]
+        tables = [models.gathered(table).tolist() for table in model.embeddings()]
+        losses[name + views + 'spectrum'] = list(models.spectrum(model.table.detach()).values())
+        losses[name + views + 'tables'] = tables
+if rank == 0:
+    print(json.dumps(losses))
+models.leave()
+'''
+
+
+def test_20_steps_of_every_model_agree_for_1_2_and_4_processes(tmp_path):
+    (tmp_path / 'steps.py').write_text(STEPS)
+    alone = subprocess.run([sys.executable, tmp_path / 'steps.py', HERE], capture_output=True)
+    expected = json.loads(alone.stdout)
+    assert len(expected) == 18 and all(np.isfinite(x).all() for x in expected['sgledge'])
+    for W in (2, 4):                                                   # 10 and 9 columns: uneven
+        done = torchrun(W, tmp_path / 'steps.py', HERE)
+        found = json.loads(done.stdout)
+        for name, values in expected.items():
+            values, others = (np.concatenate([np.ravel(part) for part in some])
+                              if name.endswith('tables') else np.array(some)
+                              for some in (values, found[name]))
+            # Adam's first steps have the sign of the gradient alone: a table may be off by more
+            tolerance = dict(rtol=1e-3, atol=1e-4) if name.endswith('tables') else dict(rtol=1e-5)
+            np.testing.assert_allclose(others, values, err_msg=f'{W} {name}', **tolerance)
+
+
+@pytest.mark.parametrize('model', ['sgl', 'morec'])
+def test_torchrun_prints_and_saves_what_one_process_does(tmp_path, capsys, model):
+    own, vectors = write_planted(tmp_path / 'own'), tmp_path / 'v.npy'
+    np.save(vectors, np.random.default_rng(0).standard_normal((60, 20)))
+    options = ['--dataset', own, '--dim', 10, '--epochs', 3, '--encoder', vectors, '--model', model]
+    assert llminit.command(list(map(str, [*options, '--save', tmp_path / 'one']))) == 0
+    expected = capsys.readouterr().out.splitlines()
+    done = torchrun(3, HERE / 'llminit.py', *options, '--save', tmp_path / 'three')
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(expected)                                 # the first one prints
+    assert lines[-1].rsplit('|', 2)[0] == expected[-1].rsplit('|', 2)[0]       # all but seconds
+    for name in llminit.TABLES:
+        one, three = (np.load(tmp_path / run / name) for run in ('one', 'three'))
+        assert one.shape == three.shape and np.abs(one - three).max() < .05 * np.abs(one).max()
+    done = torchrun(2, HERE / 'llminit.py', '--load', tmp_path / 'three')
+    assert done.stdout.splitlines()[-1].rsplit('|', 2)[0] == lines[-1].rsplit('|', 2)[0]
+
+
+ENCODE = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import embed, models, test_llminit
+rank, _ = models.join('cpu')
+asked = []
+run = embed.run_mpnet
+embed.run_mpnet = lambda texts, *args: asked.append(len(texts)) or run(texts, *args)
+for _ in range(2):                                                     # the second is a hit
+    vectors = embed.encode(test_llminit.TEXTS, sys.argv[2], cache=sys.argv[3], dtype='float32')
+print(rank, asked, abs(vectors).sum())
+models.leave()
+'''
+
+
+def test_processes_share_the_texts_to_encode(tmp_path):
+    tiny_mpnet(tmp_path / 'mpnet')
+    (tmp_path / 'encode.py').write_text(ENCODE)
+    done = torchrun(2, tmp_path / 'encode.py', HERE, tmp_path / 'mpnet', tmp_path / 'c2')
+    lines = sorted(done.stdout.splitlines())
+    n = len(set(TEXTS))
+    shares = [f'0 [{(n + 1) // 2}', f'1 [{n // 2}']
+    assert [line.split(']')[0] for line in lines] == shares, done.stderr
+    alone = embed.encode(TEXTS, str(tmp_path / 'mpnet'), cache=tmp_path / 'c1', dtype='float32')
+    both = embed.encode(TEXTS, str(tmp_path / 'mpnet'), cache=tmp_path / 'c2', dtype='float32')
+    np.testing.assert_allclose(both, alone, atol=1e-6)
+    assert len(list((tmp_path / 'c2' / 'vectors').iterdir())) == 1
+
+
+def test_more_processes_than_dimensions_and_other_errors_are_one_line(tmp_path):
+    own = write_planted(tmp_path / 'own')
+    for flags, message in ((['--dim', 2, '--strategy', 'none'], 'start at most 2'),
+                           (['--dim', 4000], 'cannot keep 4000'), (['--dim', 'x'], 'whole number')):
+        done = torchrun(3, HERE / 'llminit.py', '--dataset', own, '--encoder', 'tfidf', *flags)
+        said = [line for line in done.stderr.splitlines() if 'llminit: error' in line]
+        assert done.returncode and len(said) == 1 and message in said[0], done.stderr
+
+
+def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path):
+    own, port = write_planted(tmp_path / 'own'), free_port()
+    command = [sys.executable, HERE / 'llminit.py', '--dataset', own, '--strategy', 'none',
+               '--epochs', 100_000, '--patience', 100_000]
+    common = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '3', 'MASTER_PORT': str(port),
+              'MASTER_ADDR': '127.0.0.1'}
+    # without torchrun, which would stop them itself: as if on three machines
+    some = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.PIPE, env={**common, 'RANK': str(rank)})
+            for rank in range(3)]
+    while not some[0].stdout.readline().startswith('epoch   3'):
+        assert some[0].poll() is None
+    some[1].kill()
+    killed = time.monotonic()
+    for process in (some[0], some[2]):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and time.monotonic() - killed < 60
+        assert err.splitlines()[-1].startswith('llminit: error: another process is gone'), err
 
 
 # ---- grids, the results file, the report ------------------------------------------------------
