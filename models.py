@@ -62,6 +62,16 @@ def adjacency(observed):
                          (n_users + n_items,) * 2)
 
 
+def among(size, nodes):
+    """Distinct nodes in order (M,), and where among them each of all `size` nodes is (size,), which
+    means nothing for the others."""
+    there = np.zeros(size, bool)
+    there[nodes] = True
+    found, position = np.flatnonzero(there), np.empty(size, np.int32)
+    position[found] = np.arange(len(found), dtype=np.int32)
+    return found, position
+
+
 def receptive_field(graphs, nodes):
     """What layers 1..L must compute so that all of them are known at `nodes` (R,), repeats allowed.
 
@@ -69,17 +79,14 @@ def receptive_field(graphs, nodes):
     csr (M_l, M_{l-1}) holds the rows of A_hat that layer l is needed at, its columns count the rows
     of layer l-1 (M_0 = U+I, the whole table), and `at` (R,) says where `nodes` are among the M_l.
     """
-    field, needed, at = [], nodes, np.arange(len(nodes))
+    field, size = [], graphs[0].shape[0] if graphs else 0
+    needed, position = among(size, nodes) if graphs else (None, None)
     for layer, graph in reversed(list(enumerate(graphs))):
         block = graph[needed]                                                           # (M_l, U+I)
-        field.append((torch.from_numpy(at), block))
+        field.append((torch.from_numpy(position[nodes]), block))
         if layer:
-            below = np.zeros(graph.shape[0], bool)
-            below[nodes] = below[block.indices] = True
-            needed = np.flatnonzero(below)
-            position = np.empty(len(below), block.indices.dtype)
-            position[needed] = np.arange(len(needed), dtype=position.dtype)
-            at, block.indices = position[nodes], position[block.indices]
+            needed, position = among(size, np.concatenate([needed, block.indices]))
+            block.indices = position[block.indices]
             block.resize(block.shape[0], len(needed))
     return field[::-1]
 
@@ -144,11 +151,10 @@ class PropagateAt(torch.autograd.Function):
         if grad_z is None:
             grad_z = torch.zeros_like(grad_start)
         share = grad_z / (len(ctx.field) + 1)
-        grad = share                                       # of the topmost layer
-        for layer in reversed(range(len(ctx.field))):
-            grad = spmm(ctx.field[layer][1].tocsc(), grad)                           # (M_{l-1}, K)
-            if layer:
-                grad.index_add_(0, ctx.field[layer - 1][0], share)
+        grad = None                                        # of layer l
+        for at, block in reversed(ctx.field):
+            grad = share.new_zeros(block.shape[0], share.shape[1]) if grad is None else grad
+            grad = spmm(block.tocsc(), grad.index_add_(0, at, share))                # (M_{l-1}, K)
         last = share if grad_start is None else share + grad_start
         if not ctx.field:
             grad = last.new_zeros(ctx.size, last.shape[1])
@@ -319,9 +325,11 @@ class LightGCN(torch.nn.Module):
     def at(self, nodes, graphs):
         """z and E of nodes (n,), users first, repeats allowed -> (n, K), (n, K).
 
-        Off the CPU all nodes are computed: static shapes are worth more there than less work.
+        Off the CPU all nodes are computed: static shapes are worth more there than less work. So
+        they are where the batch asks for more rows than that [ours: twice as many].
         """
-        if self.table.is_cpu and not any(isinstance(graph, torch.Tensor) for graph in graphs):
+        few = self.table.is_cpu and len(nodes) < 2 * len(self.table)
+        if few and not any(isinstance(graph, torch.Tensor) for graph in graphs):
             return PropagateAt.apply(self.table, nodes, receptive_field(graphs, nodes.numpy()))
         z, start = self.everywhere(graphs)
         return z[nodes], start[nodes]

@@ -1,0 +1,159 @@
+"""How far it goes: seconds, memory and bytes sent, measured.
+
+    python experiments/scale.py rows --n 10000000
+    python experiments/scale.py graph --users 2000000 --items 1000000 --interactions 50000000
+    torchrun --nproc-per-node=2 experiments/scale.py graph --users 400000 --items 200000 \
+        --interactions 5000000 --dim 256 --batch 500000
+    torchrun --nproc-per-node=2 experiments/scale.py step --data DIR
+
+rows    writes a CSV of n ratings with a Zipf tail, reads, filters and splits it
+graph   builds A_hat of a synthetic graph, then trains one epoch of LightGCN on it, alone or with
+        torchrun; --build-only
+step    per process of torchrun: peak memory, parameters, and bytes given to all-reduce by one
+        training step and one validation, for every model on a dataset; a ring all-reduce puts
+        2 (W-1)/W times as much on the wire
+
+Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
+"""
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def peak():
+    """GiB that this process has needed at most, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def draw(rng, n, n_users, n_items):
+    """n pairs: users uniform, items by a Zipf tail of exponent .8, both int32 (n,)."""
+    users = rng.integers(0, n_users, n, dtype=np.int32)
+    mass = np.cumsum(np.arange(1, n_items + 1) ** -.8)
+    items = np.searchsorted(mass, rng.random(n) * mass[-1]).astype(np.int32)
+    return users, items
+
+
+def rows(args):
+    """A CSV of args.n ratings -> load and split."""
+    import data
+    rng, step = np.random.default_rng(0), 10 ** 6
+    n_items = max(100, args.n // 100)
+    with tempfile.TemporaryDirectory() as folder:
+        with open(Path(folder, 'items.csv'), 'w') as file:
+            file.write('item_id,title\n' + ''.join(f'i{i},"Item {i}"\n' for i in range(n_items)))
+        with open(Path(folder, 'ratings.csv'), 'w') as file:
+            file.write('user_id,item_id,rating\n')
+            for n in range(0, args.n, step):
+                pairs = zip(*draw(rng, min(step, args.n - n), args.n // 20, n_items))
+                file.writelines(f'u{u},i{i},{3 + (u + i) % 3}\n' for u, i in pairs)
+        start = time.perf_counter()
+        pairs = data.load(folder)[0]
+        data.split(pairs, rng)
+        print(f'{args.n:,} rows -> {pairs.shape[0]:,} users, {pairs.shape[1]:,} items, '
+              f'{pairs.nnz:,} interactions: {time.perf_counter() - start:.1f} s, {peak():.2f} GiB')
+
+
+def synthetic(args, rng):
+    """csr (U, I) float32 of about args.interactions distinct pairs."""
+    pairs = draw(rng, args.interactions, args.users, args.items)
+    ones = np.ones(args.interactions, np.float32)
+    observed = sp.csr_matrix((ones, pairs), (args.users, args.items))      # sums repeated pairs
+    observed.data[:] = 1
+    return observed
+
+
+def graph(args):
+    """A_hat of a synthetic graph, and an epoch of LightGCN."""
+    import models
+    import torch
+    rank, device = models.join()
+    say = print if rank == 0 else lambda *args, **kwargs: None
+    rng, start = np.random.default_rng(0), time.perf_counter()
+    observed = synthetic(args, rng)
+    drawn, before = time.perf_counter(), peak()
+    a_hat = models.adjacency(observed)
+    say(f'{args.users:,} users, {args.items:,} items, {observed.nnz:,} interactions drawn in '
+        f'{drawn - start:.1f} s, {before:.2f} GiB; A_hat in {time.perf_counter() - drawn:.1f} s, '
+        f'peak {peak():.2f} GiB', flush=True)
+    if args.build_only:
+        return
+    models.keep_pages()
+    mine = models.columns(args.dim)
+    draws = torch.Generator().manual_seed(0)
+    start = [torch.empty(n, mine.stop - mine.start).uniform_(-.01, .01, generator=draws).numpy()
+             for n in observed.shape]
+    model = models.LightGCN(a_hat, *start, device=device)
+    del start
+    began = time.perf_counter()
+    loss = models.train_epoch(model, models.optimiser(model, 1e-3, 0.), observed, args.batch, rng)
+    say(f'LightGCN, K = {args.dim}, {models.ranks()[1]} processes, batch {args.batch:,}: one epoch '
+        f'in {time.perf_counter() - began:.0f} s, loss {loss:.4f}, peak {peak():.2f} GiB')
+    models.leave()
+
+
+def step(args):
+    """A row for each model: what this W costs each process, in memory and in bytes."""
+    import data
+    import llminit
+    import models
+    import torch
+    import torch.distributed as dist
+    rank, device = models.join()
+    sent, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda x, *more: sent.append(x.numel() * x.element_size()) or reduce(x, *more)
+    W = models.ranks()[1]
+    rng = np.random.default_rng(0)
+    train, valid, _ = data.split(data.load(args.dataset, args.data)[0], rng)
+    K = models.columns(args.dim)
+    start = [llminit.xavier(rng, n, args.dim, K) for n in train.shape]
+    if rank == 0:
+        print('| model | W | parameters a process | bytes a step | bytes a validation | '
+              'ms a step | peak GiB |\n' + '| --- ' * 7 + '|')
+    users, items = (x[:args.batch].astype(np.int64) for x in train.nonzero())
+    batch = np.stack([users, items, models.sample_negatives(train, users, rng)])
+    for name in ('lightgcn', 'sgl', 'sgcl'):
+        model = models.MODELS[name](models.adjacency(train), *start, device=device)
+        model.new_epoch(rng)
+        run, part, seconds = models.optimiser(model, 1e-3, 0.), torch.from_numpy(batch), []
+        for _ in range(12):
+            sent.clear()
+            began = time.perf_counter()
+            run(part.to(device))
+            seconds.append(time.perf_counter() - began)
+        a_step = sum(sent)
+        sent.clear()
+        models.evaluate(*model.embeddings(), valid, train)
+        if rank == 0:
+            print(f'| {name} | {W} | {model.table.numel():,} | {a_step:,} | {sum(sent):,} | '
+                  f'{np.median(seconds) * 1e3:.1f} | {peak():.2f} |', flush=True)
+    models.leave()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('what', choices=('rows', 'graph', 'step'))
+    p.add_argument('--n', type=int, default=10 ** 7, help='rows')
+    p.add_argument('--users', type=int, default=2 * 10 ** 6)
+    p.add_argument('--items', type=int, default=10 ** 6)
+    p.add_argument('--interactions', type=int, default=5 * 10 ** 7)
+    p.add_argument('--build-only', action='store_true')
+    p.add_argument('--dim', type=int, help='K; 64 for graph, 128 for step')
+    p.add_argument('--batch', type=int, help='2^21 for graph, 256 for step')
+    p.add_argument('--data', default='data', help='where the datasets lie')
+    p.add_argument('--dataset', default='beauty')
+    args = p.parse_args()
+    args.dim = args.dim or (64 if args.what == 'graph' else 128)
+    args.batch = args.batch or (2 ** 21 if args.what == 'graph' else 256)
+    {'rows': rows, 'graph': graph, 'step': step}[args.what](args)
+
+
+if __name__ == '__main__':
+    main()
