@@ -5,9 +5,9 @@
     python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch
 
 Runs that differ in nothing but the seed are one row: mean +- standard deviation (n - 1) over the
-seeds. Settings are columns where they differ; what all runs share stands above. One table for each
-protocol (--seen, --preset), datasets side by side as in Table 1 of the paper, whose figures stand
-beside ours where the runs have its protocol.
+seeds. What all runs share stands above the table; a setting that only some rows have stands beside
+their strategy. One table for each protocol (--seen, --preset), datasets side by side as in Table 1
+of the paper, whose figures stand beside ours where the runs have its protocol.
 
 gain is the relative gain in NDCG@10 over the row of the same settings with strategy `none` (or
 --against), p a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean NDCG@10
@@ -21,7 +21,7 @@ import base64
 import json
 import sys
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import scipy.stats
@@ -29,7 +29,7 @@ import scipy.stats
 PROTOCOL = 'seen', 'preset'
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
 OF_STRATEGY = 'strategy', 'encoder', 'whiten', 'popular', 'pool'
-ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # these columns first
+ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
 METRICS = 'Recall@10', 'NDCG@10'
 # Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey
 COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
@@ -146,9 +146,13 @@ def table(runs, against, show):
     names = sorted({name for key in rows for name, _ in key if name not in APART},
                    key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     differ = [name for name in names if len({dict(key).get(name) for key in rows}) > 1]
+    columns_of = [name for name in ORDER if name in differ or name == 'strategy']
+    usual = {name: Counter(dict(key).get(name) for key in rows).most_common(1)[0][0]
+             for name in differ if name not in ORDER}
     first = dict(next(iter(rows)))
     shared = [f'{name} {first[name]}' for name in (*PROTOCOL, *names)
               if name not in differ and first.get(name) is not None]
+    shared += [f'{name} {value} unless said' for name, value in usual.items()]
     yield f'{", ".join(shared)}; gain over {against}, p by paired t-test over users, Holm over ' \
           f'{len(gains)} comparisons'
     yield ''
@@ -159,11 +163,14 @@ def table(runs, against, show):
     columns = [(name, column) for name in datasets for column in dict.fromkeys(
         column for _, cells in lines for column in cells.get(name, ()))]
     many = len(datasets) > 1
-    head = differ + [f'{name} {column}' if many else column for name, column in columns]
+    head = columns_of + [f'{name} {column}' if many else column for name, column in columns]
     yield f'{"" if many else datasets[0]}\n\n'.lstrip('\n') + f'| {" | ".join(head)} |'
     yield '| ' + ' | '.join(['---'] * len(head)) + ' |'
     for settings, cells in lines:
-        line = [str(settings.get(name, '')) for name in differ]
+        said = ' '.join(f'{name}={settings[name]}' for name, value in usual.items()
+                        if settings[name] != value)
+        line = [f'{settings.get(name, "")} {said if name == "strategy" else ""}'.strip()
+                for name in columns_of]
         line += [cells.get(name, {}).get(column, '') for name, column in columns]
         yield f'| {" | ".join(line)} |'
 
