@@ -512,18 +512,22 @@ def result_row(args, scores, facts, header=True):
 
 
 def say(line):
-    """Print at once, also into a pipe."""
-    print(line, flush=True)
+    """Print at once, also into a pipe; on a terminal in place of the live line."""
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    print('\r\x1b[K' * terminal + line, flush=True)
 
 
-def minutes(cells, rows):
+def time_left(cells, rows):
     """'about 12 min left' for cells, by the seconds of rows with the same data and model."""
     same = {}
     for row in rows:
         for key in ((row['settings'].get('dataset'), row['settings'].get('model')), None):
             same.setdefault(key, []).append(row['seconds'])
-    taken = [same.get((settings_of(cell)['dataset'], cell.model), same.get(None)) for cell in cells]
-    return f'about {sum(map(np.mean, taken)) / 60:.0f} min left' if rows else 'time left unknown'
+    if not rows:
+        return 'time left unknown'
+    left = sum(np.mean(same.get((settings_of(cell)['dataset'], cell.model), same[None]))
+               for cell in cells)
+    return f'about {left:.0f} s left' if left < 120 else f'about {left / 60:.0f} min left'
 
 
 def pending(cells):
@@ -546,7 +550,7 @@ def pending(cells):
             yield args, say, True
             continue
         left = [cell for cell in cells[n:] if settings_of(cell) not in done]
-        what = f'run {len(cells) - len(left) + 1} of {len(cells)}, {minutes(left, rows)}'
+        what = f'run {len(cells) - len(left) + 1} of {len(cells)}, {time_left(left, rows)}'
         live = sys.stderr.isatty()
         if not live:
             print(f'{what}: {args.dataset} {args.model} {args.strategy} K={args.dim} '
@@ -557,8 +561,6 @@ def pending(cells):
                 print(f'\r{what}: {line}', end='\x1b[K', file=sys.stderr, flush=True)
         yield args, log, not began
         began = True
-        if live:
-            print(end='\r\x1b[K', file=sys.stderr, flush=True)
     if len(cells) > 1:
         print(f'{len(cells)} runs are in {path}', file=sys.stderr)
 

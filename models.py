@@ -56,7 +56,8 @@ def adjacency(observed):
     right = sp.csr_matrix((data.astype(np.float32), observed.indices, observed.indptr),
                           observed.shape)                                               # (U, I)
     left = right.tocsc()                               # its arrays are the csr of right.T (I, U)
-    indptr = np.concatenate([right.indptr, left.indptr[1:] + right.indptr[-1]])
+    ends = left.indptr[1:].astype(np.int64) + right.nnz        # csr_matrix makes int32 what fits
+    indptr = np.concatenate([right.indptr, ends])
     indices = np.concatenate([right.indices + n_users, left.indices])
     return sp.csr_matrix((np.concatenate([right.data, left.data]), indices, indptr),
                          (n_users + n_items,) * 2)

@@ -117,7 +117,8 @@ def step(args):
     if rank == 0:
         print('| model | W | parameters a process | bytes a step | bytes a validation | '
               'ms a step | peak GiB |\n' + '| --- ' * 7 + '|')
-    users, items = (x[:args.batch].astype(np.int64) for x in train.nonzero())
+    some = rng.choice(train.nnz, args.batch, replace=False)
+    users, items = (x[some].astype(np.int64) for x in train.nonzero())
     batch = np.stack([users, items, models.sample_negatives(train, users, rng)])
     for name in ('lightgcn', 'sgl', 'sgcl'):
         model = models.MODELS[name](models.adjacency(train), *start, device=device)
