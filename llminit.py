@@ -28,6 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 
 import numpy as np
@@ -36,6 +37,7 @@ import scipy.sparse as sp
 STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'proj', 'prefix', 'full')
 MODELS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr')
 POOLS = ('mean', 'sqrt', 'sum')
+DATASETS = ('beauty', 'toys', 'tools', 'office', 'ml-100k')          # all else is a folder
 TABLES = ('users.npy', 'items.npy')                                  # of a saved run
 # what a saved run keeps of the command line: all that its figures depend on
 KEPT = {'dataset', 'min_rating', 'core', 'text_columns', 'strategy', 'model', 'encoder', 'dim',
@@ -157,8 +159,10 @@ def xavier(rng, rows, K, columns=slice(None)):
 def settings_of(args):
     """{flag: value} of all that a run's figures depend on."""
     settings = {name: getattr(args, name) for name in sorted(KEPT)}
-    if os.path.isdir(args.dataset):
+    if args.dataset not in DATASETS:
         settings['dataset'] = os.path.abspath(args.dataset)
+    if os.path.exists(args.encoder) and args.encoder not in ('mpnet', 'tfidf'):
+        settings['encoder'] = os.path.abspath(args.encoder)
     return settings
 
 
@@ -174,11 +178,19 @@ def training_settings(args):
     return settings | {name: getattr(args, name) for name in own}
 
 
-def sizes(dataset, pairs, train, valid, test):
-    """One line on the data of a run, csr (U, I) each; ValueError where nothing can be tested."""
+def digest(*matrices):
+    """Hex digest of csr matrices: which split a run was trained and tested on."""
+    parts = (np.asarray(a, np.int64).tobytes() for m in matrices for a in (m.indptr, m.indices))
+    return hashlib.sha256(b''.join(parts)).hexdigest()
+
+
+def sizes(dataset, pairs, train, valid, test, agree):
+    """One line on the data of a run, csr (U, I) each; ValueError where nothing can be tested, or
+    where agree() finds that other processes have other data."""
     U, I = pairs.shape
     if not test.nnz:
         raise ValueError('no user has two interactions, so there is nothing to test with')
+    agree(digest(train, valid, test))
     return (f'{dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} train,'
             f' {valid.nnz:,} valid, {test.nnz:,} test')
 
@@ -193,17 +205,12 @@ def means(scores):
     return dict(zip(('Recall@10', 'NDCG@10'), (float(score.mean()) for score in scores)))
 
 
-def papers(dataset, model, strategy):
-    """'Recall@10/NDCG@10' of a cell in the paper's Table 1 or 3, '-' if it has none."""
-    figures = PAPER.get((dataset, model), '').split()
-    which = ('full',) if model == 'morec' else STRATEGIES
-    return dict(zip(which, figures)).get(strategy, '-')
-
-
-def digest(*matrices):
-    """Hex digest of csr matrices: which split a run was trained and tested on."""
-    parts = (np.asarray(a, np.int64).tobytes() for m in matrices for a in (m.indptr, m.indices))
-    return hashlib.sha256(b''.join(parts)).hexdigest()
+def papers(args):
+    """'Recall@10/NDCG@10' of a run in the paper's Table 1 or 3, '-' if it has none."""
+    there = (args.dim, args.cold, args.encoder) == (128, 0, 'mpnet')
+    figures = PAPER.get((args.dataset, args.model), '').split() if there else []
+    which = ('full',) if args.model == 'morec' else STRATEGIES
+    return dict(zip(which, figures)).get(args.strategy, '-')
 
 
 def run_facts(args, scores, split, facts, names):
@@ -303,7 +310,7 @@ def keep(args, scores, split, facts, names, tables, recommended, titles, rank):
 
 def pack(ndcg):
     """NDCG@10 of users with one target each, (n,), as text: a byte a user, the target's rank from
-    0, 10 for none of the first ten; deflated, base64. unpack() gives it back."""
+    0, 10 for none of the first ten; deflated, base64. experiments/report.py reads it."""
     ranks = np.where(ndcg > 0, np.rint(2 ** (1 / np.maximum(ndcg, .1))) - 2, 10)
     return base64.b64encode(zlib.compress(ranks.astype(np.uint8).tobytes(), 9)).decode()
 
@@ -321,7 +328,7 @@ def result(args, scores, facts, train, test, curve):
             'test': means(scores), 'valid': {'Recall@10': best['recall'], 'NDCG@10': best['ndcg']},
             **facts, 'by training interactions, from': apart,
             'spectrum': best['spectrum'], 'ranks': pack(scores[1]),
-            'paper': papers(args.dataset, args.model, args.strategy),
+            'paper': papers(args), 'test split': digest(test),
             'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
                       for epoch in curve],
             'versions': {'python': platform.python_version(), 'numpy': np.__version__,
@@ -392,7 +399,7 @@ def between(low, high):
 def listed(kind):
     """An argparse type: values of `kind`, a type or the allowed words, with commas between."""
     def values(text):
-        parts = [part.strip() for part in text.split(',')]
+        parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(',')]
         wrong = [part for part in parts if not callable(kind) and part not in kind]
         if wrong:
             raise argparse.ArgumentTypeError(f'invalid choice: {wrong[0]!r} (choose from '
@@ -410,6 +417,8 @@ def grid(args, usual):
         cell = argparse.Namespace(**{**vars(args), **dict(zip(LISTS, values)), 'seed': seed})
         if cell.model == 'morec' and cell.strategy not in ('none', 'noise'):
             cell.strategy = 'full'                         # its projection is its selection
+        elif cell.strategy == 'full':
+            cell.dim = usual['dim']                        # all there are
         for name, (where, users) in USED_BY.items():
             if getattr(cell, where) not in users:
                 setattr(cell, name, usual[name])
@@ -451,13 +460,13 @@ def parser():
     add('--tau', default=.2, type=between(1e-3, 100), help='sgl, sgcl: temperature of the contrast')
     add('--seen', default='mask', choices=('mask', 'keep'), help='keep: as in the paper, seen '
         'items stay in the ranking')
-    add('--preset', default='ours', choices=PRESETS, help='of the next three')
+    add('--preset', default='ours', choices=PRESETS, help='of --batch, --lr and --patience')
     add('--batch', type=whole(1), help='interactions a step')
     add('--lr', type=between(1e-9, 100), help="Adam's learning rate")
     add('--patience', type=whole(1), help='epochs without a better validation')
     add('--epochs', default=300, type=whole(1), help='at most so many')
     add('--seed', default=0, type=whole(0), help='of split, start and training')
-    add('--seeds', default=1, type=whole(1), help='so many, from --seed on')
+    add('--seeds', default=1, type=whole(1), help='how many seeds to run, from --seed on')
     add('--results', metavar='FILE', help='JSON lines: a finished run is added, one that is there '
         'not run again; of several runs results.jsonl')
     add('--device', default='auto', choices=('auto', 'cpu', 'cuda', 'mps'), help='where it runs')
@@ -484,7 +493,8 @@ def parse(argv=None):
     usual |= {name: usual[name][0] for name in LISTS}
     cells = grid(args, usual)
     for name in unused(args, cells, usual):
-        print(f'note: no run here uses --{name}', file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0':
+            print(f'note: no run here uses --{name}', file=sys.stderr)
     if len(cells) > 1 and (args.save or args.load):
         p.error('several runs go to --results; --save and --load are for one')
     if len(cells) > 1 and not args.results:
@@ -506,7 +516,7 @@ def result_row(args, scores, facts, header=True):
              'seed': args.seed, 'best epoch': facts['best epoch'],
              'parameters': facts['parameters'], 'seconds': round(facts['seconds'])}
     if args.seen == 'keep':
-        cells['paper'] = papers(args.dataset, args.model, args.strategy)
+        cells['paper'] = papers(args)
     lines = (cells.keys(), ['---'] * len(cells), cells.values())[0 if header else 2:]
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
@@ -530,8 +540,9 @@ def time_left(cells, rows):
     return f'about {left:.0f} s left' if left < 120 else f'about {left / 60:.0f} min left'
 
 
-def pending(cells):
-    """Yields (args, log, header) of the cells that their results file does not hold yet.
+def pending(cells, agree):
+    """Yields (args, log, header) of the cells that their results file does not hold yet; of several
+    processes the first says which: agree(text, done).
 
     log: what models.train says an epoch's line to; header: does the table begin here? A single
     run says all its lines; of a grid a terminal shows one live line, a pipe a line a run.
@@ -539,12 +550,17 @@ def pending(cells):
     if cells[0].save:
         check_folder(cells[0].save)
     path, began = cells[0].results, False
+    if path:                           # what cannot be written shows now, not after the training
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        open(path, 'ab').close()
     for n, args in enumerate(cells):
         rows, damaged = read_results(path) if path else ([], 0)
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
         done = [row['settings'] for row in rows]
-        if settings_of(args) in done:
+        told = json.dumps(settings_of(args))
+        if agree(told, settings_of(args) in done and not args.save):
+            print(f'note: this run is in {path}', file=sys.stderr) if len(cells) == 1 else None
             continue
         if len(cells) == 1:
             yield args, say, True
@@ -558,11 +574,21 @@ def pending(cells):
 
         def log(line):
             if live:
-                print(f'\r{what}: {line}', end='\x1b[K', file=sys.stderr, flush=True)
+                width = shutil.get_terminal_size().columns - 1
+                print('\r' + f'{what}: {line}'[:width], end='\x1b[K', file=sys.stderr, flush=True)
         yield args, log, not began
         began = True
     if len(cells) > 1:
-        print(f'{len(cells)} runs are in {path}', file=sys.stderr)
+        clear = '\r\x1b[K' * sys.stderr.isatty()
+        print(f'{clear}{len(cells)} runs are in {path}', file=sys.stderr)
+
+
+def be_quiet(rank):
+    """All processes but the first print nothing, or what ends them."""
+    if not rank:
+        return
+    sys.stdout = sys.stderr = open(os.devnull, 'w')
+    sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def once(function):
@@ -587,9 +613,8 @@ def main(argv=None):
     import models
     load, encode = once(data.load), once(embed.encode)
     rank, device = models.join(cells[0].device)
-    if rank:
-        sys.stdout = sys.stderr = open(os.devnull, 'w')
-    for args, log, header in pending(cells):
+    be_quiet(rank)
+    for args, log, header in pending(cells, models.agree):
         started, rng = time.time(), np.random.default_rng(args.seed)
         pairs, texts, titles, *names = load(                                 # csr (U, I), I texts
             args.dataset, args.data, min_rating=args.min_rating, core=args.core,
@@ -597,7 +622,7 @@ def main(argv=None):
         train, valid, test = split = data.split(pairs, rng)                  # csr (U, I) each
         train = data.thin(train, args.cold, rng)                             # csr (U, I)
         (U, I), K = train.shape, args.dim
-        log(sizes(args.dataset, pairs, train, valid, test))
+        log(sizes(args.dataset, pairs, train, valid, test, models.agree))
         if args.load:
             *tables, facts = load_run(args.load, split, names)               # trained before
             users, items = (torch.from_numpy(table[:, models.columns(facts['K'])]).to(device)
@@ -621,13 +646,13 @@ def main(argv=None):
         seen = train + valid if args.seen == 'mask' else None
         scores = models.evaluate(users, items, test, seen)                   # (n,) each
         facts['seconds'] = time.time() - started
+        say(result_row(args, scores, facts, header))
         if args.results and not rank:
             append(args.results, result(args, scores, facts, train, test, curve))
         if args.save or args.load:
             tables = [models.gathered(table).cpu().numpy() for table in (users, items)]
             best = models.recommend(users, items, pairs, args.top)           # (U, top) twice
             keep(args, scores, split, facts, names, tables, best, titles, rank)
-        say(result_row(args, scores, facts, header))
     models.leave()
 
 

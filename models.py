@@ -20,7 +20,7 @@ Propagation is linear and A_hat symmetric: the backward pass is the same product
 kept for it. A batch needs z at its own rows only, so on a CPU the products run on the receptive
 field of the batch: the exact result from a fraction of the work.
 
-Under torchrun each of W processes holds K/W columns of the table and its own copy of the graph.
+Under torchrun each of W processes holds K/W columns of what is trained and a copy of the graph.
 Propagation acts on each column by itself, so it sends nothing; sums over K are completed by
 together(), through which all of them go. See join() and columns().
 
@@ -32,6 +32,7 @@ Needs numpy, scipy, torch. MIT licence, from LLMInit's reference implementation.
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import os
 import time
 import warnings
@@ -228,6 +229,20 @@ def together(*parts):
             in zip(flat.split([part.numel() for part in parts]), parts)]
 
 
+def agree(text, done=False):
+    """The first process's `done`; ValueError unless all processes were given the same text, so that
+    none of them trains something else than the others."""
+    if ranks()[1] == 1:
+        return done
+    number = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+    held = torch.tensor([number, -number, int(done and ranks()[0] == 0)], dtype=torch.float64,
+                        device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    if held[0] != -held[1]:
+        raise ValueError('the processes have different settings, data or seeds; start all alike')
+    return bool(held[2])
+
+
 def width(x):
     """K of a table of which this process holds some columns (n, K/W)."""
     return int(together(torch.tensor(float(x.shape[1]), device=x.device))[0])
@@ -269,7 +284,7 @@ class InfoNCE(torch.autograd.Function):
 
     q (B, K) and k (M, K) are the rows of queries and keys at length 1, own (B,) int64, weight w
     (B,); all keys compete, the positive among them. The gradient is computed on the way, a few
-    queries at a time: of the (B, M) matrices no more than 8 MiB is ever there.
+    queries at a time: of a (B, M) matrix there are never more than 2^21 numbers.
     """
 
     @staticmethod
@@ -587,7 +602,8 @@ def join(name='auto'):
     """Join the W processes that torchrun started, one device each -> rank, device; alone rank 0.
 
     gloo on CPUs, nccl on CUDA. Collectives wait a minute for the slowest, so that none waits for
-    the dead. ValueError where there are fewer devices than processes here.
+    the dead; gloo raises then, nccl ends the process. ValueError where there are fewer devices than
+    processes here.
     """
     device = pick_device(name)
     W, local = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))

@@ -790,6 +790,18 @@ models.leave()
 '''
 
 
+def test_processes_that_would_train_different_runs_stop(tmp_path):
+    own, port = write_planted(tmp_path / 'own'), free_port()
+    some = [subprocess.Popen(list(map(str, [
+        sys.executable, HERE / 'llminit.py', '--dataset', own, '--strategy', 'none', '--dim', 4,
+        '--epochs', 2, '--seed', rank])), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'RANK': str(rank),
+             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}) for rank in range(2)]
+    for process in some:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and 'different settings' in err and '| none |' not in out
+
+
 def test_processes_share_the_texts_to_encode(tmp_path):
     tiny_mpnet(tmp_path / 'mpnet')
     (tmp_path / 'encode.py').write_text(ENCODE)
@@ -922,6 +934,38 @@ def test_thin_removes_a_share_and_leaves_everyone_one(seed, share):
     assert (np.abs(had - has - share * had) < 1)[had > 1].all() or share > .9
     again = data.thin(train, share, np.random.default_rng(seed))
     assert (left != again).nnz == 0
+
+
+def test_what_cannot_be_written_shows_before_the_training(tmp_path, capsys, monkeypatch):
+    own = write_planted(tmp_path / 'own')
+    monkeypatch.setattr(models, 'train', None)                         # is not reached
+    given = ['--dataset', str(own), '--strategy', 'none', '--dim', '4']
+    assert llminit.command([*given, '--results', os.devnull + '/r.jsonl']) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_that_is_in_the_file_is_told_and_run_again_to_be_saved(tmp_path, capsys):
+    own, saved = write_planted(tmp_path / 'own, in'), tmp_path / 'saved'   # a comma in a path
+    given = ['--dataset', str(own), '--strategy', 'none', '--dim', '4', '--epochs', '1',
+             '--results', str(tmp_path / 'new' / 'r.jsonl')]
+    assert llminit.command(given) == 0 and capsys.readouterr().out
+    assert llminit.command(given) == 0
+    out, err = capsys.readouterr()
+    assert not out and 'this run is in' in err
+    assert llminit.command([*given, '--save', str(saved)]) == 0 and (saved / 'run.json').exists()
+    assert llminit.DATASETS == tuple(data.FOLDERS)
+
+
+def test_equal_rows_have_p_1_and_other_users_none(tmp_path):
+    ndcg = np.where(np.arange(300) % 7 == 0, 1., 0)
+    other = np.where(np.arange(300) % 3 == 0, 1., 0)
+    runs = [fake_run('none', 0, ndcg), fake_run('uni', 0, ndcg), fake_run('var', 0, other),
+            fake_run('rand', 0, ndcg[:200])]
+    (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs)))
+    lines, code, _ = report('table', tmp_path / 'r.jsonl')
+    cells = [line.split('|') for line in lines if '| 1 |' in line]
+    p = {cell[1].strip(): cell[5].strip() for cell in cells}
+    assert code == 0 and p['uni'] == '1' and p['rand'] == '' and 0 < float(p['var']) < 1e-3
 
 
 def test_thin_draws_evenly_and_loses_the_share_of_the_whole():

@@ -82,23 +82,32 @@ def spread(values, digits=4):
     return f'{np.mean(values):.{digits}f}{sigma}'
 
 
+def same_users(run, other):
+    """Were both runs tested with the same split?"""
+    return (other is not None and len(run['ndcg']) == len(other['ndcg'])
+            and run.get('test split') == other.get('test split'))
+
+
 def compare(rows, against):
-    """{(row, dataset): (gain, p)} over the row of strategy `against` with the same settings; p is
-    Holm's for all of them, None where the seeds in common have other users."""
+    """{(row, dataset): (gain, p)} over the row of strategy `against` with the same settings, p by
+    Holm's method for all of them; nothing where no seed has the same test split in both."""
     base, out = {}, {}
     for key, datasets in rows.items():
         if dict(key)['strategy'] == against:
-            base.setdefault(freeze(dict(key), OF_STRATEGY), datasets)
+            if base.setdefault(freeze(dict(key), OF_STRATEGY), datasets) is not datasets:
+                raise ValueError(f'several rows are {against}: choose with --only')
     for key, datasets in rows.items():
         other = base.get(freeze(dict(key), OF_STRATEGY), {})
         for name, runs in datasets.items():
-            seeds = sorted(set(runs) & set(other.get(name, ())))
+            seeds = [seed for seed, run in sorted(runs.items()) if same_users(
+                run, other.get(name, {}).get(seed))]
             if not seeds or runs is other[name]:
                 continue
             mine, theirs = (np.mean([some[seed]['ndcg'] for seed in seeds], axis=0)
                             for some in (runs, other[name]))
+            same = np.array_equal(mine, theirs)            # where the t-test gives NaN
             out[key, name] = (mine.mean() / theirs.mean() - 1,
-                              scipy.stats.ttest_rel(mine, theirs).pvalue)
+                              1. if same else scipy.stats.ttest_rel(mine, theirs).pvalue)
     smallest = sorted(out, key=lambda where: out[where][1])
     worst = 0.
     for n, where in enumerate(smallest):                   # Holm: the smallest times their number
@@ -167,8 +176,8 @@ def table(runs, against, show):
     yield f'{"" if many else datasets[0]}\n\n'.lstrip('\n') + f'| {" | ".join(head)} |'
     yield '| ' + ' | '.join(['---'] * len(head)) + ' |'
     for settings, cells in lines:
-        said = ' '.join(f'{name}={settings[name]}' for name, value in usual.items()
-                        if settings[name] != value)
+        said = ' '.join(f'{name}={settings.get(name)}' for name, value in usual.items()
+                        if settings.get(name) != value)
         line = [f'{settings.get(name, "")} {said if name == "strategy" else ""}'.strip()
                 for name in columns_of]
         line += [cells.get(name, {}).get(column, '') for name, column in columns]
@@ -183,8 +192,8 @@ def curves(runs, x):
     out = defaultdict(lambda: defaultdict(list))
     for run in runs:
         one = run['settings']
-        told = [f'{one[name]}' if name in ('model', 'strategy', 'encoder') else
-                f'{name} {one[name]}' for name in sorted(names, key=lambda n: n not in ORDER)]
+        told = [f'{one.get(name)}' if name in ('model', 'strategy', 'encoder') else
+                f'{name} {one.get(name)}' for name in sorted(names, key=lambda n: n not in ORDER)]
         out[one['dataset'], ' '.join(told) or one['strategy']][one.get(x)].append(run)
     return out
 
@@ -197,6 +206,7 @@ def draw_settings(axes, lines, x, y):
         axes.errorbar(places, [np.mean(v) for v in values],
                       [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label,
                       color=COLOURS[n % 7], marker=MARKERS[n % 7], ls=DASHES[n % 4], capsize=3)
+    places = sorted({at for points in lines.values() for at in points})
     if x == 'dim':
         axes.set_xscale('log', base=2)
         axes.set_xticks(places, [str(at) for at in places])
@@ -206,15 +216,17 @@ def draw_settings(axes, lines, x, y):
 def draw_users(axes, lines):
     """NDCG@10 of users by training interactions, a line for each set of settings."""
     key = 'by training interactions, from'
-    for n, (label, points) in enumerate(lines.items()):
-        runs = [run for some in points.values() for run in some]
-        places = sorted({int(at) for run in runs for at in run[key]})
-        values = [np.mean([run[key][str(at)]['NDCG@10'] for run in runs if str(at) in run[key]])
-                  for at in places]
-        axes.plot(range(len(places)), values, label=label, color=COLOURS[n % 7],
-                  marker=MARKERS[n % 7], ls=DASHES[n % 4])
-        ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(places, places[1:])] + [' or more']
-        axes.set_xticks(range(len(places)), [f'{a}{b}' for a, b in zip(places, ends)])
+    of_line = {label: [run for some in points.values() for run in some]
+               for label, points in lines.items()}
+    places = sorted({int(at) for runs in of_line.values() for run in runs for at in run[key]})
+    for n, (label, runs) in enumerate(of_line.items()):
+        scores = {at: [run[key][str(at)]['NDCG@10'] for run in runs if str(at) in run[key]]
+                  for at in places}
+        axes.plot([places.index(at) for at in places if scores[at]],
+                  [np.mean(scores[at]) for at in places if scores[at]], label=label,
+                  color=COLOURS[n % 7], marker=MARKERS[n % 7], ls=DASHES[n % 4])
+    ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(places, places[1:])] + [' or more']
+    axes.set_xticks(range(len(places)), [f'{a}{b}' for a, b in zip(places, ends)])
     axes.set_xlabel('training interactions of the user')
 
 

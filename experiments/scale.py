@@ -10,7 +10,7 @@ rows    writes a CSV of n ratings with a Zipf tail, reads, filters and splits it
 graph   builds A_hat of a synthetic graph, then trains one epoch of LightGCN on it, alone or with
         torchrun; --build-only
 step    per process of torchrun: peak memory, parameters, and bytes given to all-reduce by one
-        training step and one validation, for every model on a dataset; a ring all-reduce puts
+        training step and one validation of LightGCN, SGL and SGCL on a dataset; a ring puts
         2 (W-1)/W times as much on the wire
 
 Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
@@ -84,7 +84,7 @@ def graph(args):
         f'{drawn - start:.1f} s, {before:.2f} GiB; A_hat in {time.perf_counter() - drawn:.1f} s, '
         f'peak {peak():.2f} GiB', flush=True)
     if args.build_only:
-        return
+        return models.leave()
     models.keep_pages()
     mine = models.columns(args.dim)
     draws = torch.Generator().manual_seed(0)
