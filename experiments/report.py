@@ -189,11 +189,14 @@ def curves(runs, x):
     settings = [run['settings'] for run in runs]
     names = [name for name in settings[0] if name not in (x, 'dataset', 'seed')
              and len({str(one.get(name)) for one in settings}) > 1]
+    usual = {name: Counter(str(one.get(name)) for one in settings).most_common(1)[0][0]
+             for name in names}
     out = defaultdict(lambda: defaultdict(list))
     for run in runs:
         one = run['settings']
         told = [f'{one.get(name)}' if name in ('model', 'strategy', 'encoder') else
-                f'{name} {one.get(name)}' for name in sorted(names, key=lambda n: n not in ORDER)]
+                f'{name} {one.get(name)}' for name in sorted(names, key=lambda n: n not in ORDER)
+                if name in ORDER or str(one.get(name)) != usual[name]]
         out[one['dataset'], ' '.join(told) or one['strategy']][one.get(x)].append(run)
     return out
 
