@@ -23,6 +23,7 @@ H heads, V words (TF-IDF).
 """
 import contextlib
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -619,21 +620,21 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
-@contextlib.contextmanager
-def waiting_long(device):
-    """Yields reduce(array) -> the sum of all processes' arrays. Encoding takes its time, so they
-    wait for each other an hour, in a group of their own."""
-    group = dist.new_group(timeout=datetime.timedelta(hours=1))
+@functools.cache
+def patient_group():
+    """The processes as a group in which they wait an hour for each other, as encoding takes its
+    time. Made once and kept: gloo's threads do not always survive the end of a group."""
+    return dist.new_group(timeout=datetime.timedelta(hours=1))
 
-    def reduce(array, op=dist.ReduceOp.SUM):
-        try:
-            tensor = torch.tensor(array, device=device)
-            dist.all_reduce(tensor, op, group)
-        except RuntimeError as error:
-            raise OSError(f'another process is gone ({error})') from None
-        return tensor.cpu().numpy()
-    yield reduce
-    dist.destroy_process_group(group)
+
+def reduce(array, device, op=None):
+    """The sum, or another op, of all processes' arrays."""
+    try:
+        tensor = torch.tensor(array, device=device)
+        dist.all_reduce(tensor, op or dist.ReduceOp.SUM, patient_group())
+    except RuntimeError as error:
+        raise OSError(f'another process is gone ({error})') from None
+    return tensor.cpu().numpy()
 
 
 def cached_shares(path, texts, compute, device, split, prepare):
@@ -642,21 +643,23 @@ def cached_shares(path, texts, compute, device, split, prepare):
     called before, by one process of each machine."""
     rank, W = ranks()
     mine = slice(rank, None, W) if split else slice(None if rank == 0 else len(texts), None)
-    with waiting_long(device) as reduce:
-        vectors = stored(path)
-        if reduce(int(vectors is not None)) == W:
-            return vectors
+    vectors = stored(path)
+    if reduce(int(vectors is not None), device) == W:
+        return vectors
 
-        def together():
-            if os.environ.get('LOCAL_RANK', '0') == '0':
-                prepare()
-            reduce(1)                            # the others wait
-            some = compute(texts[mine]) if texts[mine] else np.empty((0, 0), np.float32)
-            whole = np.zeros((len(texts), reduce(some.shape[1], dist.ReduceOp.MAX)), np.float32)
-            if len(some):
-                whole[mine] = some
-            return reduce(whole)
-        return together() if rank else store(path, together)
+    def together():
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            prepare()
+        reduce(1, device)                        # the others wait
+        some = compute(texts[mine]) if texts[mine] else np.empty((0, 0), np.float32)
+        width = reduce(some.shape[1], device, dist.ReduceOp.MAX)
+        whole = np.zeros((len(texts), width), np.float32)
+        if len(some):
+            whole[mine] = some
+        return reduce(whole, device)
+    vectors = together() if rank else store(path, together)
+    reduce(1, device)                            # who asks again finds the file
+    return vectors
 
 
 def cached_rows(texts, cache, name, settings, compute, device, split=True, prepare=lambda: None):

@@ -34,6 +34,7 @@ import ctypes
 import datetime
 import hashlib
 import os
+import sys
 import time
 import warnings
 
@@ -618,9 +619,13 @@ def join(name='auto'):
 
 
 def leave():
-    """Leave the other processes in order, if there are any."""
+    """The last call of a program: one of several processes ends here, at once. In an orderly end
+    gloo's threads aborted a process now and then, and torchrun took that for a failure [ours:
+    seen once in some forty runs on two busy cores]."""
     if ranks()[1] > 1:
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def captured(step, part):
