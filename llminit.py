@@ -366,12 +366,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def after_the_first():
+    """Of several processes let the first say what is wrong: it ends the others, so that W of them
+    print one line. Returns the rank; who waits in vain says it after all."""
+    rank = int(os.environ.get('RANK', 0))
+    time.sleep(5 * bool(rank))
+    return rank
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message):
-        first = os.environ.get('RANK', '0') == '0'         # of the processes of torchrun
-        self.exit(2, f'llminit: error: {message}\n' if first else None)
+        after_the_first()
+        self.exit(2, f'llminit: error: {message}\n')
 
 
 def whole(least):
@@ -661,10 +669,8 @@ def command(argv=None):
     try:
         main(argv)
     except (ValueError, OSError) as error:
-        rank = int(os.environ.get('RANK', 0))
-        time.sleep(2 * bool(rank))             # who fails first ends the others: one line, not W
         print('llminit: error:', ' '.join(str(error).split()),
-              file=sys.__stderr__ if rank else sys.stderr)
+              file=sys.__stderr__ if after_the_first() else sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('llminit: stopped', file=sys.stderr)
