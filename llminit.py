@@ -190,7 +190,7 @@ def sizes(dataset, pairs, train, valid, test, agree):
     U, I = pairs.shape
     if not test.nnz:
         raise ValueError('no user has two interactions, so there is nothing to test with')
-    agree(digest(train, valid, test))
+    agree(lambda: digest(train, valid, test))
     return (f'{dataset}: {U:,} users, {I:,} items, {pairs.nnz:,} interactions: {train.nnz:,} train,'
             f' {valid.nnz:,} valid, {test.nnz:,} test')
 
@@ -550,7 +550,7 @@ def time_left(cells, rows):
 
 def pending(cells, agree):
     """Yields (args, log, header) of the cells that their results file does not hold yet; of several
-    processes the first says which: agree(text, done).
+    processes the first says which: agree(text, done), see models.agree.
 
     log: what models.train says an epoch's line to; header: does the table begin here? A single
     run says all its lines; of a grid a terminal shows one live line, a pipe a line a run.
@@ -566,9 +566,10 @@ def pending(cells, agree):
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
         done = [row['settings'] for row in rows]
-        told = json.dumps(settings_of(args))
-        if agree(told, settings_of(args) in done and not args.save):
-            print(f'note: this run is in {path}', file=sys.stderr) if len(cells) == 1 else None
+        own = settings_of(args)
+        if agree(lambda: json.dumps(own), own in done and not args.save):
+            if len(cells) == 1:
+                print(f'note: this run is in {path}', file=sys.stderr)
             continue
         if len(cells) == 1:
             yield args, say, True

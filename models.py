@@ -184,7 +184,7 @@ def on_device(graph, device):
 
 
 def ranks():
-    """(rank, W): which of how many processes share the K dimensions; (0, 1) alone."""
+    """(rank, W): which of how many processes of torchrun this is; (0, 1) alone."""
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
@@ -231,11 +231,11 @@ def together(*parts):
 
 
 def agree(text, done=False):
-    """The first process's `done`; ValueError unless all processes were given the same text, so that
-    none of them trains something else than the others."""
+    """The first process's `done`; ValueError unless text() is the same in all processes, so that
+    none of them trains something else than the others. Alone, text() is not asked for."""
     if ranks()[1] == 1:
         return done
-    number = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+    number = int(hashlib.sha256(text().encode()).hexdigest()[:12], 16)
     held = torch.tensor([number, -number, int(done and ranks()[0] == 0)], dtype=torch.float64,
                         device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
     dist.all_reduce(held, dist.ReduceOp.MAX)
@@ -518,8 +518,10 @@ def target_ranks(users, items, target, seen=None, k=None):
     pair_user, pair_item = target.nonzero()
     ranks, left = np.full(len(pair_user), len(items)), np.arange(len(pair_user))
     if k is not None:
-        known = np.diff(seen.indptr)[pair_user] if seen is not None else 0
-        left = left[~outranked(users, items, pair_user, pair_item, k + known + np.zeros_like(left))]
+        need = np.full(len(left), k)
+        if seen is not None:
+            need += np.diff(seen.indptr)[pair_user]        # those of the head may all be seen
+        left = left[~outranked(users, items, pair_user, pair_item, need)]
     step = max(1, 2 ** 20 // len(items))                   # [ours: 4 MiB of scores, in the cache]
     buffer = items.new_empty(min(step, len(left)), len(items))
     for part in np.split(left, range(step, len(left), step)):
@@ -620,8 +622,8 @@ def join(name='auto'):
 
 def leave():
     """The last call of a program: one of several processes ends here, at once. In an orderly end
-    gloo's threads aborted a process now and then, and torchrun took that for a failure [ours:
-    seen once in some forty runs on two busy cores]."""
+    gloo's threads aborted a process now and then, on busy cores, and torchrun took that for a
+    failure."""
     if ranks()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()

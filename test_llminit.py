@@ -1536,6 +1536,10 @@ def test_the_two_copies_are_equal(name):
     assert inspect.getsource(getattr(data, name)) == inspect.getsource(getattr(embed, name))
 
 
+def test_the_ranks_of_two_leaves_are_equal():
+    assert inspect.getsource(models.ranks) == inspect.getsource(embed.ranks)
+
+
 def raw_files(reviews, items):
     return {'reviews_Toys_and_Games_5.json.gz': gzip.compress(b'\n'.join(reviews)),
             'meta_Toys_and_Games.json.gz': gzip.compress(b'\n'.join(items) + b'\n')}
