@@ -14,9 +14,9 @@ Datasets
     a folder of your own           one file with the columns user_id and item_id (rating and
                                    timestamp if you have them), one with item_id and text
 Files are looked for as <folder>/amazon-beauty/amazon-beauty.inter and .item and fetched only
-when missing. Your own may be atomic files, CSV or TSV, plain or gz; delimiter, column order
-and encoding mark are found. Only comma and semicolon files know quotes: in the others a quote
-is a letter. Ids are strings: '007' is not '7'.
+when missing. Your own may be atomic files, CSV or TSV, plain or gz; delimiter, header, column
+order and encoding mark are found. Only comma and semicolon files know quotes: in the others a
+quote is a letter. Ids are strings: '007' is not '7'.
 
 Decisions the paper leaves open
     users   in order of first appearance in the interaction file
@@ -25,6 +25,8 @@ Decisions the paper leaves open
     an item without text stays, with the text ''; it is counted on stderr
     a row with too many or too few fields, without an id or with a rating that is no number is
     dropped and counted
+    a first row that names no user and no item but holds a number is data: the columns are then
+    user_id, item_id, rating, timestamp, or item_id, title and the rest
 
 Does not: order by time, keep ratings as weights, guess columns by content, clean up HTML.
 
@@ -79,6 +81,11 @@ AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' so
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
 MAX_LINE = 1 << 20                     # bytes of a raw record [ours: no honest record is longer]
 CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
+ALIASES = {'user_id': ('user', 'reviewer_id', 'customer_id'),         # [ours: what public sets
+           'item_id': ('item', 'asin', 'parent_asin', 'movie_id', 'product_id', 'book_id',
+                       'business_id', 'article_id'),                  # call them]
+           'rating': ('overall', 'stars', 'score'),
+           'title': ('movie_title', 'book_title', 'product_name', 'name')}
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
 
 
@@ -361,20 +368,54 @@ def read_rows(path):
         raise ValueError(f'{path}: damaged gz file ({error})') from None
 
 
-def read_header(rows, path):
-    """[(name, type)] of the columns, type '' where the header gives none."""
-    header = next(rows, None)
-    if header is None:
-        raise ValueError(f'{path}: empty; expected a header line and rows')
-    kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
-    return [re.fullmatch(kinds, cell.strip(), re.S).groups('') for cell in header]
+def to_number(text):
+    """A float; NaN where the number is missing, -inf where it is none."""
+    if text.strip().lower() in NO_NUMBER:
+        return np.nan
+    try:
+        return float(text.replace(',', '.'))
+    except ValueError:
+        return -np.inf
+
+
+def plain(name):
+    """A column's name as it is compared: 'userId', 'User ID' and 'user_id' are one."""
+    return re.sub('[^a-z0-9]', '', name.lower())
 
 
 def find_column(columns, name):
-    """Index of a column, -1 if there is none; 'userId' and 'User ID' are user_id."""
-    plain = [re.sub('[^a-z0-9]', '', column.lower()) for column, _ in columns]
-    wanted = name.replace('_', '')
-    return plain.index(wanted) if wanted in plain else -1
+    """Index of a column, by its name or else by one of its ALIASES; -1 if there is none."""
+    found = [plain(column) for column, _ in columns]
+    wanted = map(plain, (name, *ALIASES.get(name, ())))
+    return next((found.index(one) for one in wanted if one in found), -1)
+
+
+def position_names(row):
+    """Names for the columns of a file without header, by its first row: what follows user and item
+    are numbers, what follows an item is not. None where the row may be a header: it holds no
+    number."""
+    number = [np.isfinite(to_number(cell)) for cell in row]
+    if any(number) and 2 <= len(row) <= 4 and all(number[2:]) and (len(row) > 2 or all(number)):
+        return ['user_id', 'item_id', 'rating', 'timestamp'][:len(row)]
+    if any(number) and len(row) > 1 and not number[1]:
+        return ['item_id', 'title', *(f'column_{n}' for n in range(3, len(row) + 1))]
+
+
+def read_table(path, tell=True):
+    """[(name, type)] of the columns, type '' where none is given, and the rows below the header.
+    tell: say so where there is none."""
+    rows = read_rows(path)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f'{path}: empty; expected a header line and rows')
+    kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
+    columns = [re.fullmatch(kinds, cell.strip(), re.S).groups('') for cell in first]
+    if find_column(columns, 'user_id') < 0 and find_column(columns, 'item_id') < 0:
+        if names := position_names(first):
+            if tell:
+                note(f'{path}: no header, so its columns are {listed(names)}')
+            return [(name, '') for name in names], itertools.chain([first], rows)
+    return columns, rows
 
 
 def need_column(columns, name, path):
@@ -413,20 +454,9 @@ def count_bad_bytes(strings, path):
         note(f'{path}: {bad} ids or texts hold bytes that are not UTF-8, shown as U+FFFD')
 
 
-def to_number(text):
-    """A float; NaN where the number is missing, -inf where it is none."""
-    if text.strip().lower() in NO_NUMBER:
-        return np.nan
-    try:
-        return float(text.replace(',', '.'))
-    except ValueError:
-        return -np.inf
-
-
 def read_interactions(path, min_rating):
     """Positives: user and item codes (E,), the users' and items' ids, the rows in the file."""
-    rows = read_rows(path)
-    columns = read_header(rows, path)
+    columns, rows = read_table(path)
     picked = [need_column(columns, name, path) for name in ('user_id', 'item_id')]
     rating = find_column(columns, 'rating')
     picked += [rating] if rating >= 0 else []
@@ -469,16 +499,15 @@ def pick_text(columns, cells, text_columns, path):
 
 def read_items(path, text_columns=None):
     """The distinct items' ids, texts and titles, in the order of the file."""
-    rows = read_rows(path)
-    columns = read_header(rows, path)
+    columns, rows = read_table(path)
     item_id = need_column(columns, 'item_id', path)
     codes, strings = read_columns(rows, len(columns), range(len(columns)), path)
     picked = pick_text(columns, strings, text_columns, path)
     if not picked:
         raise ValueError(f'{path}: no text column beside item_id; found '
                          f'{listed(name for name, _ in columns)}')
-    named = [find_column(columns, name) for name in ('title', 'movie_title', 'name')]
-    title = next((c for c in named if c >= 0), picked[0])
+    named = find_column(columns, 'title')
+    title = named if named >= 0 else picked[0]
 
     # codes count up in order of first appearance, so these are the rows and ids in file order
     rows = np.unique(codes[item_id], return_index=True)[1]
@@ -509,7 +538,7 @@ def own_files(folder):
         path = os.path.join(folder, name)
         if re.fullmatch(r'[^.].*\.(inter|item|csv|tsv|txt)(\.gz)?', name) and os.path.isfile(path):
             try:
-                seen[path] = read_header(read_rows(path), path)
+                seen[path], _ = read_table(path, tell=False)
             except ValueError as error:
                 seen[path] = [(str(error).removeprefix(f'{path}: '), '')]
     users = [path for path, columns in seen.items() if find_column(columns, 'user_id') >= 0]

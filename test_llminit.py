@@ -1236,6 +1236,28 @@ def test_delimiters_line_ends_marks_and_gz(folder, delimiter, end, encoding, pac
     assert loaded[1] == ['é"s', '三']
 
 
+@pytest.mark.parametrize('ratings, items, told', [
+    ('userId,movieId,rating,timestamp\n1,10,4.0,9\n2,11,5,9\n', 'movieId,title\n10,Tea\n11,Cup\n',
+     []),
+    ('"User","Item"\n1,10\n2,11\n', '"asin","Product Name"\n10,Tea\n11,Cup\n', []),
+    ('1\t10\t4\t881250949\n2\t11\t5\t881250949\n', '10|Tea|hot\n11|Cup|\n',
+     ['user_id, item_id, rating, timestamp', 'item_id, title, column_3']),
+    ('1;10\n2;11\n', '10;Tea\n11;Cup\n', ['user_id, item_id', 'item_id, title'])])
+def test_other_names_and_no_header(folder, capsys, ratings, items, told):
+    own = folder(a__csv=ratings, b__txt=items)
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('1', '10'), ('2', '11')} and loaded[2] == ['Tea', 'Cup']
+    notes = [line for line in capsys.readouterr().err.splitlines() if 'no header' in line]
+    assert [line.partition('columns are ')[2] for line in notes] == told
+
+
+def test_a_name_wins_over_its_aliases_and_a_header_over_numbers(folder):
+    own = folder(a__csv='user,user_id,item,item_id,2020\nx,u,y,1,5\n', b__csv='item_id,3\n1,Tea\n')
+    assert edges(data.load(own, core=1)) == {('u', '1')}
+    own = folder(a__csv='customer,sku\nu,1\n')             # may be a header: nothing is guessed
+    fails('found a.csv (customer, sku); b.csv (item_id, 3)', own)
+
+
 def test_quotes_are_known_to_csv_only(folder):
     own = folder(x__csv='"user_id","item_id"\n"a,b","1"\n',
                  y__csv='item_id, title\n1, "a ""b"",\nc"\n')

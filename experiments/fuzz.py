@@ -50,6 +50,8 @@ def good_sets():
     item = [('item_id', 'title', 'price'), *((f'i{i}', name, i) for i, name in enumerate(NAMES))]
     csv = {'ratings.csv': table(inter, ',', True), 'items.csv': table(item, ';', True)}
     tsv = {'ratings.tsv': table(inter, '\t', False), 'items.tsv': table(item, '|', False)}
+    bare = {'ratings.tsv': table([(u[1:], i[1:], rating) for u, i, rating in PAIRS], '\t', False),
+            'items.tsv': table(enumerate(NAMES), '\t', False)}
     typed = {'x.inter': [('user_id:token', 'item_id:token', 'rating:float'), *PAIRS],
              'x.item': [('item_id:token', 'title:token_seq', 'brand:token', 'categories:token_seq'),
                         *((f'i{i}', name, 'B', 'C, D') for i, name in enumerate(NAMES))]}
@@ -63,7 +65,7 @@ def good_sets():
     metas = '\n'.join(repr({'asin': f'i{i}', 'title': name, 'categories': [['A', 'B']]})
                       for i, name in enumerate(NAMES))
     raw = {'reviews_Toys_and_Games_5.json.gz': reviews, 'meta_Toys_and_Games.json.gz': metas}
-    return {'csv': csv, 'tsv': tsv, 'atomic': atomic,
+    return {'csv': csv, 'tsv': tsv, 'bare': bare, 'atomic': atomic,
             'gz': {name + '.gz': gzip.compress(body, mtime=0) for name, body in csv.items()},
             'zip': {'Amazon_Toys_and_Games.zip': box.getvalue()},
             'raw': {name: gzip.compress(text.encode(), mtime=0) for name, text in raw.items()}}
