@@ -302,7 +302,7 @@ def test_with_seen_keep_the_papers_figure_stands_beside():
 def test_the_flags_of_training_arrive_and_test_hides_training_and_validation(tmp_path, monkeypatch):
     args, = llminit.parse(['--seen', 'keep', '--anchor', '2', '--lr', '.5', '--model', 'sgl'])
     settings = llminit.training_settings(args)
-    assert settings == dict(seen='keep', anchor=2., lr=.5, batch=2048, patience=20, epochs=300,
+    assert settings == dict(seen='keep', anchor=2., lr=.5, batch=2048, patience=10, epochs=300,
                             views='edge', tau=.2)
     assert llminit.training_settings(llminit.parse(['--preset', 'paper'])[0])['batch'] == 256
     calls, evaluate = [], models.evaluate
@@ -1847,6 +1847,25 @@ def test_mpnet_order_and_batches(tmp_path, monkeypatch):
     assert (half * whole).sum(1).min() > .995 and len(list(tmp_path.glob('1/vectors/*'))) == 3
 
 
+def test_the_first_layers_are_float32_whatever_the_others_are(tmp_path):
+    tiny_mpnet(tmp_path / 'tiny', layers=6)
+    _, model, _ = embed.load_mpnet(tmp_path / 'tiny')
+    ids = [torch.tensor([[0, 5, 6, 7, 2], [0, 7, 7, 5, 2]]), torch.tensor([[0, 6, 2]])]
+    out = {name: [] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name in out:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, result, name=name: out[name].append(result))
+    with torch.inference_mode():
+        model(ids)
+        with torch.autocast('cpu', torch.bfloat16):
+            model(ids)
+    for name, (exact, fast) in out.items():
+        first = int(name.split('.')[2]) < embed.EXACT_LAYERS
+        assert exact.dtype == torch.float32 and len(out) == 6 * 6
+        assert fast.dtype == (torch.float32 if first else torch.bfloat16)
+        assert torch.equal(exact, fast) == first
+
+
 def test_batches():
     rows = embed.batches([5, 9, 2, 7, 2], 10)
     assert rows == [[1], [3], [0, 2, 4]] and embed.batches([50], 10) == [[0]]
@@ -2371,3 +2390,6 @@ def test_real_weights(tmp_path):
                          cache=tmp_path, dtype='float32')
     expected = np.array([vector for _, _, vector in GOLDEN] + [LONG])
     assert np.abs(found[:, :8] - expected).max() < 1e-5
+    fast = embed.encode([text for text, _, _ in GOLDEN], str(WEIGHTS), cache=tmp_path,
+                        dtype='bfloat16')
+    assert (fast * found[:-1]).sum(1).min() >= .9999
