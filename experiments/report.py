@@ -30,6 +30,7 @@ PROTOCOL = 'seen', 'preset'
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
 OF_STRATEGY = 'strategy', 'encoder', 'whiten', 'popular', 'pool'
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
+WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'none', 'rand', 'uni', 'var', 'noise', 'pca')
 METRICS = 'Recall@10', 'NDCG@10'
 # Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey
 COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
@@ -67,10 +68,17 @@ def freeze(settings, without=()):
     return tuple(sorted((name, value) for name, value in settings.items() if name not in without))
 
 
+def place(run):
+    """Where a run stands in a table: by its columns, words as in WORDS, other words as they come."""
+    values = [run['settings'].get(name) for name in ORDER]
+    return [(WORDS.index(value) if value in WORDS else len(WORDS), 0) if isinstance(value, str)
+            else (0, value or 0) for value in values]
+
+
 def group(runs):
-    """{settings but dataset and seed: {dataset: {seed: run}}}, in the order of the runs."""
+    """{settings but dataset and seed: {dataset: {seed: run}}}, in the order of the columns."""
     rows = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
+    for run in sorted(runs, key=place):
         one = run['settings']
         rows[freeze(one, ('dataset', 'seed'))][one['dataset']][one['seed']] = run
     return rows
