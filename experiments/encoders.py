@@ -23,8 +23,9 @@ Ours and theirs take turns, `--rounds` times, each in a process of its own with 
 Theirs is timed without loading the model, ours with it. What is printed are medians over the
 rounds, by the clock and by CPU seconds (which other programs disturb less), the ratio of both to
 the peer, and of all texts the least cosine and the largest difference of a number to the peer's
-float32, or to ours where there is no peer. bfloat16 is run where the CPU
-multiplies it fast (AMX, AVX512-BF16). Not a test: it asserts nothing.
+float32, or to ours where there is no peer. bfloat16 is run where the CPU multiplies it fast (AMX,
+AVX512-BF16), elsewhere with --dtype bfloat16: slow there, with the same rounding. Not a test: it
+asserts nothing.
 """
 import argparse
 import json
@@ -101,6 +102,7 @@ def main():
     p.add_argument('--texts', type=int, default=400, help='how many, evenly spaced')
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--dtype', choices=('bfloat16',), help='also where it is slow')
     p.add_argument('--peer', help='python of an environment with sentence-transformers')
     p.add_argument('--endpoint', metavar='MODEL', help='also by the server of OPENAI_BASE_URL')
     p.add_argument('--only', nargs=3, help=argparse.SUPPRESS)    # one round of ours, here
@@ -116,7 +118,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         file, out = Path(scratch, 'texts.json'), {}
         file.write_text(json.dumps(texts))
-        names = ['peer'] * bool(args.peer) + ['float32', embed.fast_dtype('cpu')]
+        names = ['peer'] * bool(args.peer) + ['float32', args.dtype or embed.fast_dtype('cpu')]
         names += [f'openai:{args.endpoint}'] * bool(args.endpoint)
         for _ in range(args.rounds):
             for name in dict.fromkeys(names):
