@@ -82,11 +82,12 @@ MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 millio
 MAX_LINE = 1 << 20                     # bytes of a raw record [ours: no honest record is longer]
 CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
 ALIASES = {'user_id': ('user', 'reviewer_id', 'customer_id'),         # [ours: what public sets
-           'item_id': ('item', 'asin', 'parent_asin', 'movie_id', 'product_id', 'book_id',
+           'item_id': ('item', 'parent_asin', 'asin', 'movie_id', 'product_id', 'book_id',
                        'business_id', 'article_id'),                  # call them]
            'rating': ('overall', 'stars', 'score'),
            'title': ('movie_title', 'book_title', 'product_name', 'name')}
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
+NO_TEXT = {'nan', 'null', 'none'}                  # [ours: likewise; NA may be a brand]
 
 
 def note(text, kind='note'):
@@ -345,16 +346,20 @@ def open_text(path):
 def read_rows(path):
     """Yields the header, then the rows, as lists of strings; blank lines are skipped.
 
-    The delimiter is the one the header holds most of. Errors: ValueError naming the line.
+    The delimiter is the one that each of the first lines holds most of, of equals the header: a
+    title's commas are not in every line. Errors: ValueError naming the line.
     """
     line = 0
     try:
         with open_text(path) as file:
             header = next((text for text in file if text.strip()), '')
-            delimiter = max('\t,;|', key=header.count)
+            more = list(itertools.islice(file, 4))
+            first = [header, *filter(str.strip, more)]
+            delimiter = max('\t,;|', key=lambda sign: (min(line.count(sign) for line in first),
+                                                       header.count(sign)))
             quotes = delimiter in ',;'
             # strict: else a quote never closed would swallow the rows behind it unseen
-            reader = csv.reader(itertools.chain([header], file), delimiter=delimiter,
+            reader = csv.reader(itertools.chain([header], more, file), delimiter=delimiter,
                                 quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
                                 skipinitialspace=quotes, strict=True)
             for row in reader:
@@ -391,14 +396,16 @@ def find_column(columns, name):
 
 
 def position_names(row):
-    """Names for the columns of a file without header, by its first row: what follows user and item
-    are numbers, what follows an item is not. None where the row may be a header: it holds no
-    number."""
-    number = [np.isfinite(to_number(cell)) for cell in row]
-    if any(number) and 2 <= len(row) <= 4 and all(number[2:]) and (len(row) > 2 or all(number)):
+    """Names for the columns of a file without header, by its first row: user, item, rating, of
+    which no item holds a blank and the rating is a number or missing, or else item, title. None
+    where the row may be a header: it holds no number."""
+    kinds = [to_number(cell) for cell in row]              # NaN: missing, -inf: no number
+    if not np.isfinite(kinds).any() or len(row) < 2:
+        return None
+    pair = ' ' not in row[1].strip() and (len(row) > 2 or np.isfinite(kinds[:2]).all())
+    if pair and len(row) <= 4 and (kinds[2:] or [0.])[0] != -np.inf:
         return ['user_id', 'item_id', 'rating', 'timestamp'][:len(row)]
-    if any(number) and len(row) > 1 and not number[1]:
-        return ['item_id', 'title', *(f'column_{n}' for n in range(3, len(row) + 1))]
+    return ['item_id', 'title', *(f'column_{n}' for n in range(3, len(row) + 1))]
 
 
 def read_table(path, tell=True):
@@ -454,13 +461,24 @@ def count_bad_bytes(strings, path):
         note(f'{path}: {bad} ids or texts hold bytes that are not UTF-8, shown as U+FFFD')
 
 
-def read_interactions(path, min_rating):
-    """Positives: user and item codes (E,), the users' and items' ids, the rows in the file."""
+def without_blanks(codes, ids):
+    """Codes (E,) and distinct ids, blanks around the ids gone: with them some may be the same."""
+    bare = [name.strip() for name in ids]
+    if bare == ids:
+        return codes, ids
+    place = {name: n for n, name in enumerate(dict.fromkeys(bare))}
+    return np.array([place[name] for name in bare], np.int32)[codes], list(place)
+
+
+def read_interactions(path, min_rating, tell=True):
+    """Positives: user and item codes (E,), the users' and items' ids, the rows in the file. tell:
+    say so where no rating tells positives from others."""
     columns, rows = read_table(path)
     picked = [need_column(columns, name, path) for name in ('user_id', 'item_id')]
     rating = find_column(columns, 'rating')
     picked += [rating] if rating >= 0 else []
     codes, strings = read_columns(rows, len(columns), picked, path)
+    codes[:2], strings[:2] = zip(*map(without_blanks, codes, strings[:2]))
     count_bad_bytes(strings[0] + strings[1], path)
     whole = positive = np.ones(len(codes[0]), bool)
     for code, ids in zip(codes, strings[:2]):
@@ -471,6 +489,9 @@ def read_interactions(path, min_rating):
         positive = ~(ratings < min_rating)                 # a missing one, NaN, is positive
         if missing := np.isnan(ratings[whole]).sum():
             note(f'{path}: {missing} rows without a rating count as positive')
+    elif tell:
+        note(f'{path}: no rating among {listed(name for name, _ in columns)}, so that every row '
+             'counts as positive')
     if not whole.all():
         note(f'{path}: {(~whole).sum()} rows dropped: no id, or a rating that is no number')
     keep = whole & positive
@@ -486,15 +507,11 @@ def is_text(kind, cells):
 
 def pick_text(columns, cells, text_columns, path):
     """Indices of the text columns: those asked for by name, else every one but the id."""
-    names = [name for name, _ in columns]
     if text_columns is None:
         item_id = find_column(columns, 'item_id')
         return [c for c, (_, kind) in enumerate(columns)
                 if c != item_id and is_text(kind, cells[c])]
-    unknown = [name for name in text_columns if name not in names]
-    if unknown:
-        raise ValueError(f'{path}: no column {listed(unknown)}; found {listed(names)}')
-    return [names.index(name) for name in text_columns]
+    return [need_column(columns, name, path) for name in text_columns]
 
 
 def read_items(path, text_columns=None):
@@ -502,6 +519,7 @@ def read_items(path, text_columns=None):
     columns, rows = read_table(path)
     item_id = need_column(columns, 'item_id', path)
     codes, strings = read_columns(rows, len(columns), range(len(columns)), path)
+    codes[item_id], strings[item_id] = without_blanks(codes[item_id], strings[item_id])
     picked = pick_text(columns, strings, text_columns, path)
     if not picked:
         raise ValueError(f'{path}: no text column beside item_id; found '
@@ -516,7 +534,8 @@ def read_items(path, text_columns=None):
 
     def joined(chosen):
         cells = ([strings[c][code] for code in codes[c][rows]] for c in chosen)
-        return [' '.join(' '.join(parts).split()) for parts in zip(*cells)]
+        return [' '.join(' '.join(part for part in parts if part.lower() not in NO_TEXT).split())
+                for parts in zip(*cells)]
     texts = joined(picked)
     count_bad_bytes(texts, path)
     return strings[item_id], texts, joined([title])
@@ -525,7 +544,7 @@ def read_items(path, text_columns=None):
 def pick_file(paths, usual, expected):
     """The one path, or the one among several that has a usual name."""
     if len(paths) > 1:
-        paths = [path for path in paths if re.search(usual, os.path.basename(path))]
+        paths = [path for path in paths if re.search(usual, os.path.basename(path).lower())]
     if len(paths) != 1:
         raise ValueError(expected)
     return paths[0]
@@ -536,7 +555,8 @@ def own_files(folder):
     seen = {}
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if re.fullmatch(r'[^.].*\.(inter|item|csv|tsv|txt)(\.gz)?', name) and os.path.isfile(path):
+        kinds = r'[^.].*\.(inter|item|csv|tsv|txt)(\.gz)?'
+        if re.fullmatch(kinds, name, re.IGNORECASE) and os.path.isfile(path):
             try:
                 seen[path], _ = read_table(path, tell=False)
             except ValueError as error:
@@ -546,10 +566,12 @@ def own_files(folder):
     found = '; '.join(f'{os.path.basename(path)} ({listed(name for name, _ in columns)})'
                       for path, columns in seen.items()) or listed(sorted(os.listdir(folder)))
     kinds = f'as .inter, .item, .csv, .tsv or .txt, plain or gz; found {found}'
+    texts = [path for path in items if path not in users]
+    titled = [path for path in texts if find_column(seen[path], 'title') >= 0]
     return (pick_file([path for path in users if path in items],
                       r'^(interactions|ratings|inter)\.|\.inter(\.gz)?$',
                       f'{folder}: expected one file with columns user_id and item_id, {kinds}'),
-            pick_file([path for path in items if path not in users], r'^items?\.|\.item(\.gz)?$',
+            pick_file(titled or texts, r'^(items?|movies|books|products)\.|\.item(\.gz)?$',
                       f'{folder}: expected one file with item_id and text, no user_id, {kinds}'))
 
 
@@ -593,11 +615,14 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
     inter, item = own_files(dataset) if own else dataset_files(dataset, folder)
     if dataset in ZIPS and text_columns is None:
         text_columns = AMAZON_TEXT
-    users, items, user_ids, item_ids, n_rows = read_interactions(inter, min_rating)
+    users, items, user_ids, item_ids, n_rows = read_interactions(inter, min_rating, own)
     ids, texts, titles = read_items(item, text_columns)
     place = {name: n for n, name in enumerate(ids)}
     items = np.array([place.get(name, -1) for name in item_ids])[items]
     known = items >= 0
+    if len(known) and not known.any():
+        raise ValueError(f'{inter}: none of its items is in {item}; the ids here are such as '
+                         f'{listed(item_ids[:3])}, there {listed(ids[:3])}')
     pairs = np.sort(users[known] * np.int64(len(texts)) + items[known])
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]     # np.unique, by hashing, is 50 times slower
     kept = pairs[k_core(*np.divmod(pairs, len(texts)), core)]

@@ -65,9 +65,9 @@ MAX_TOKENS = 384           # [authors' code: sentence-transformers' setting], wi
 CPU_TOKENS, GPU_TOKENS = 2048, 16384   # [ours: tokens a batch; on a CPU 4096 is no faster, 1024
                                        # slower; the GPU's is a guess]
 SLICE = 512                # [ours: tokens at a time through the wide part of a layer]
-EXACT_LAYERS = 4           # [ours: these never round to bfloat16. With all layers rounded a few texts
-                           # fell to a cosine of .9994, each by layers 0 to 3 alone: a small error
-                           # there moves a whole head's attention; what comes later adds up to 1e-5]
+EXACT_LAYERS = 4           # [ours: these never round to bfloat16: with all of them rounded texts
+                           # fell to a cosine of .9994, each by layers 0 to 3 alone, where a small
+                           # error moves a whole head's attention; later ones add 1e-5 at most]
 SIZES = {'vocab_size': 30527, 'hidden_size': 768, 'num_hidden_layers': 12,
          'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 514,
          'relative_attention_num_buckets': 32, 'layer_norm_eps': 1e-5}
@@ -809,7 +809,7 @@ def hide(key, text):
     if key:
         text = re.sub(''.join(fr'(?:\\?{re.escape(char)}|\\u{ord(char):04x})' for char in key),
                       '***', text, flags=re.IGNORECASE)
-    return ' '.join(text.split())[:300]
+    return ''.join(char for char in ' '.join(text.split())[:300] if char.isprintable())
 
 
 def read_answer(body, n_texts, width):

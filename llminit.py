@@ -19,11 +19,13 @@ Shapes: U users, I items, N encoder width, K kept dimensions.
 """
 import argparse
 import base64
+import functools
 import hashlib
 import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -242,20 +244,29 @@ def load_run(folder, split, names):
         raise ValueError(f"{folder} was saved for {len(run['users'])} users and {len(run['items'])}"
                          f' items; the data hold {len(names[0])} and {len(names[1])}, or other '
                          'interactions: train anew')
-    tables = [np.load(os.path.join(folder, name), allow_pickle=False) for name in TABLES]
-    for table, ids in zip(tables, names):
-        if table.ndim != 2 or len(table) != len(ids) or not np.isfinite(table).all():
-            raise ValueError(f'{folder}: a table of shape {table.shape} for {len(ids)} ids')
+    tables = []
+    for name, ids in zip(TABLES, names):
+        try:
+            tables.append(np.load(os.path.join(folder, name), allow_pickle=False))
+        except (ValueError, EOFError):                     # numpy's words would advise to unpickle
+            raise ValueError(f'{folder}/{name} is damaged: not a plain .npy') from None
+        found, due = (tables[-1].dtype, tables[-1].shape), (np.float32, (len(ids), run['K']))
+        if found != due or not np.isfinite(tables[-1]).all():
+            raise ValueError(f'{folder}/{name} holds {found[0]} of shape {found[1]}; expected '
+                             f'finite float32 of shape {due[1]}')
     return *tables, {name: run[name] for name in ('best epoch', 'K', 'parameters')}
 
 
 def check_folder(folder):
     """OSError or ValueError now, not after the training, where a run could not be saved."""
     if os.path.exists(folder):
-        others = set(os.listdir(folder)) - {*TABLES, 'run.json', 'recommendations.tsv'}
+        others = set(os.listdir(folder)) - {*TABLES, 'run.json', 'recommendations.tsv',
+                                            'recommendations.tsv.part'}
         if others:
             raise ValueError(f'{folder} holds other files than a saved run: choose another --save')
-    parent = os.path.dirname(os.path.abspath(folder))
+    parent = os.path.dirname(os.path.realpath(folder))
+    if os.path.ismount(folder):
+        raise ValueError(f'{folder} is a mount point, which no rename replaces: save inside of it')
     try:
         os.makedirs(parent, exist_ok=True)
         os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=parent))
@@ -279,7 +290,8 @@ def write_recommendations(folder, recommended, names, titles):
 def save_run(folder, run, tables, recommended, titles):
     """Write a run: users.npy (U, K), items.npy (I, K), run.json (settings, scores, the ids in the
     order of the rows), recommendations.tsv. All of it stands in `folder`, or what stood before."""
-    part = tempfile.mkdtemp(prefix='.part-', dir=os.path.dirname(os.path.abspath(folder)))
+    folder = os.path.realpath(folder)                      # of a link what it leads to
+    part = tempfile.mkdtemp(prefix='.part-', dir=os.path.dirname(folder))
     new, old = os.path.join(part, 'new'), os.path.join(part, 'old')
     try:
         os.mkdir(new)
@@ -317,7 +329,12 @@ def pack(ndcg):
     return base64.b64encode(zlib.compress(ranks.astype(np.uint8).tobytes(), 9)).decode()
 
 
-def result(args, scores, facts, train, test, curve):
+def endpoint_of(encoder):
+    """The URL that an encoder openai:MODEL asks, '' for others: MODEL may be another elsewhere."""
+    return os.environ.get('OPENAI_BASE_URL', '') if encoder.startswith('openai:') else ''
+
+
+def result(args, scores, facts, train, test, curve, device):
     """What the results file keeps of a finished run: a dict for one JSON line. Users are also
     scored apart, by their training interactions."""
     best = best_epoch(curve)
@@ -331,10 +348,12 @@ def result(args, scores, facts, train, test, curve):
             **facts, 'by training interactions, from': apart,
             'spectrum': best['spectrum'], 'ranks': pack(scores[1]),
             'paper': papers(args), 'test split': digest(test),
+            'endpoint': endpoint_of(args.encoder),
             'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
                       for epoch in curve],
             'versions': {'python': platform.python_version(), 'numpy': np.__version__,
-                         'torch': sys.modules['torch'].__version__, 'machine': platform.machine()}}
+                         'torch': sys.modules['torch'].__version__, 'machine': platform.machine(),
+                         'device': device}}
 
 
 def read_results(path):
@@ -418,6 +437,11 @@ def listed(kind):
     return values
 
 
+def trimmed(text):
+    """An argparse type: names with commas between, blanks around them gone."""
+    return ','.join(name.strip() for name in text.split(','))
+
+
 def grid(args, usual):
     """The cells of a command line, [args of one run]: all combinations of its lists and seeds,
     seeds outermost, so that a grid cut short holds whole tables. usual: args without any flag."""
@@ -452,7 +476,8 @@ def parser():
         'ml-100k, or your folder [,]')
     add('--min-rating', default=4., type=between(-1e9, 1e9), help='lower ratings are no positives')
     add('--core', default=5, type=whole(0), help='interactions that each user and item must have')
-    add('--text-columns', metavar='A,B', help='columns of the item file that make the text')
+    add('--text-columns', metavar='A,B', type=trimmed,
+        help='columns of the item file that make the text')
     add('--strategy', default='var', type=listed(STRATEGIES),
         help=f'{", ".join(STRATEGIES)}: which dimensions; none: no text [,]')
     add('--model', default='lightgcn', type=listed(MODELS),
@@ -493,7 +518,7 @@ def parse(argv=None):
     p = parser()
     args, usual = p.parse_args(argv), vars(p.parse_args([]))
     if args.load:
-        given = [name for name in sorted({*KEPT, 'seeds', 'results'})
+        given = [name for name in sorted({*KEPT, 'seeds', 'results'} - {'dataset'})
                  if getattr(args, name) != usual[name]]
         if given:
             p.error(f'a saved run has its own settings: leave out {", ".join(given)}')
@@ -505,6 +530,12 @@ def parse(argv=None):
     for name in unused(args, cells, usual):
         if os.environ.get('RANK', '0') == '0':
             print(f'note: no run here uses --{name}', file=sys.stderr)
+    for cell in cells:                 # a word of a list that is wrong shows before the others run
+        if cell.dataset not in DATASETS and not os.path.isdir(cell.dataset):
+            p.error(f'{cell.dataset}: neither a folder nor one of {", ".join(DATASETS)}')
+        if not (re.fullmatch('mpnet|tfidf|openai:.+', cell.encoder)
+                or os.path.exists(os.path.expanduser(cell.encoder))):
+            p.error(f'{cell.encoder}: no such file or folder, nor mpnet, tfidf or openai:MODEL')
     if len(cells) > 1 and (args.save or args.load):
         p.error('several runs go to --results; --save and --load are for one')
     if len(cells) > 1 and not args.results:
@@ -550,6 +581,16 @@ def time_left(cells, rows):
     return f'about {left:.0f} s left' if left < 120 else f'about {left / 60:.0f} min left'
 
 
+def live(n, of, left, which, line):
+    """What models.train says of an epoch, on one line of a terminal that stays; see pending()."""
+    epoch = re.match(r'epoch +(\d+) .*best (\S+) at +(\d+)', line)
+    if epoch and sys.stderr.isatty():
+        best = 'epoch {}, best {} at {}'.format(*epoch.groups())
+        width = shutil.get_terminal_size().columns - 1
+        print('\r' + f'{n}/{of} {best}; {left}; {which}'[:width], end='\x1b[K', file=sys.stderr,
+              flush=True)
+
+
 def pending(cells, agree):
     """Yields (args, log, header) of the cells that their results file does not hold yet; of several
     processes the first says which: agree(text, done), see models.agree.
@@ -565,10 +606,12 @@ def pending(cells, agree):
         open(path, 'ab').close()
     for n, args in enumerate(cells):
         rows, damaged = read_results(path) if path else ([], 0)
+        if damaged and not rows:
+            raise ValueError(f'{path} holds other lines than results: choose another --results')
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
-        done = [row['settings'] for row in rows]
-        own = settings_of(args)
+        own, where = settings_of(args), endpoint_of(args.encoder)
+        done = [row['settings'] for row in rows if row.get('endpoint', where) == where]
         if agree(lambda: json.dumps(own), own in done and not args.save):
             if len(cells) == 1:
                 print(f'note: this run is in {path}', file=sys.stderr)
@@ -577,17 +620,12 @@ def pending(cells, agree):
             yield args, say, True
             continue
         left = [cell for cell in cells[n:] if settings_of(cell) not in done]
-        what = f'run {len(cells) - len(left) + 1} of {len(cells)}, {time_left(left, rows)}'
-        live = sys.stderr.isatty()
-        if not live:
-            print(f'{what}: {args.dataset} {args.model} {args.strategy} K={args.dim} '
-                  f'cold={args.cold:g} seed {args.seed}', file=sys.stderr)
-
-        def log(line):
-            if live:
-                width = shutil.get_terminal_size().columns - 1
-                print('\r' + f'{what}: {line}'[:width], end='\x1b[K', file=sys.stderr, flush=True)
-        yield args, log, not began
+        which = (f'{args.dataset} {args.model} {args.strategy} K={args.dim} cold={args.cold:g} '
+                 f'seed {args.seed}')
+        at = len(cells) - len(left) + 1, len(cells), time_left(left, rows)
+        if not sys.stderr.isatty():
+            print('run {} of {}, {}: {}'.format(*at, which), file=sys.stderr)
+        yield args, functools.partial(live, *at, which), not began
         began = True
     if len(cells) > 1:
         clear = '\r\x1b[K' * sys.stderr.isatty()
@@ -659,7 +697,8 @@ def main(argv=None):
         facts['seconds'] = time.time() - started
         say(result_row(args, scores, facts, header))
         if args.results and not rank:
-            append(args.results, result(args, scores, facts, train, test, curve))
+            append(args.results,
+                   result(args, scores, facts, train, test, curve, device))
         if args.save or args.load:
             tables = [models.gathered(table).cpu().numpy() for table in (users, items)]
             best = models.recommend(users, items, pairs, args.top)           # (U, top) twice
@@ -667,16 +706,21 @@ def main(argv=None):
     models.leave()
 
 
+def complain(text, file):
+    """What ends the program, on a terminal in place of the live line."""
+    print('\r\x1b[K' * file.isatty() + f'llminit: {text}', file=file)
+
+
 def command(argv=None):
     """The command line -> exit code: 2 and one line on stderr for bad input, 130 after Ctrl-C."""
     try:
         main(argv)
-    except (ValueError, OSError) as error:
-        print('llminit: error:', ' '.join(str(error).split()),
-              file=sys.__stderr__ if after_the_first() else sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        text = ' '.join(str(error).split()) or 'not enough memory'
+        complain(f'error: {text}', sys.__stderr__ if after_the_first() else sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('llminit: stopped', file=sys.stderr)
+        complain('stopped', sys.stderr)
         return 130
     return 0
 

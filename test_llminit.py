@@ -407,9 +407,13 @@ def test_a_saved_run_refuses_other_settings_and_changed_data(tmp_path, capsys):
     (lambda saved: (saved / 'run.json').write_text('[]'), 'run.json'),
     (lambda saved: (saved / 'run.json').write_text(
         (saved / 'run.json').read_text().replace('"mask"', '"both"')), 'invalid choice'),
-    (lambda saved: np.save(saved / 'items.npy', np.full((60, 4), np.nan)), 'a table of shape'),
-    (lambda saved: np.save(saved / 'users.npy', np.array([{}])), ''),
-    (lambda saved: (saved / 'users.npy').write_bytes(b'no'), ''),
+    (lambda saved: np.save(saved / 'items.npy', np.full((60, 4), np.nan, np.float32)),
+     'expected finite float32 of shape (60, 4)'),
+    (lambda saved: np.save(saved / 'users.npy', np.zeros((120, 4), 'U3')), 'expected finite'),
+    (lambda saved: np.save(saved / 'users.npy', np.zeros((120, 5), np.float32)), '(120, 4)'),
+    (lambda saved: np.save(saved / 'users.npy', np.array([{}])), 'users.npy is damaged'),
+    (lambda saved: (saved / 'users.npy').write_bytes(b'no'), 'users.npy is damaged'),
+    (lambda saved: (saved / 'users.npy').write_bytes(b''), 'users.npy is damaged'),
     (lambda saved: (saved.parent / 'own' / 'items.csv').write_text('item_id,title\ni1,a\ni2,b\n'),
      'nothing left'),
 ])
@@ -431,10 +435,28 @@ def test_a_damaged_or_foreign_run_is_one_line(tmp_path, capsys, damage, message)
 def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, capsys):
     own = write_planted(tmp_path / 'own')
     given = ['--dataset', str(own), '--strategy', 'none', '--save']
-    assert llminit.command(given + [str(own)]) == 2
-    assert llminit.command(given + [os.devnull + '/x']) == 2
+    for place in (str(own), os.devnull + '/x', '/'):
+        assert llminit.command(given + [place]) == 2
     assert all(line.startswith('llminit: error: ') for line in capsys.readouterr().err.splitlines())
     assert sorted(path.name for path in own.iterdir()) == ['interactions.csv', 'items.csv']
+
+
+def test_a_run_is_saved_here_through_a_link_and_moves_with_its_data(tmp_path, capsys, monkeypatch):
+    own, real, link = write_planted(tmp_path / 'own'), tmp_path / 'real', tmp_path / 'link'
+    given = ['--dataset', str(own), '--strategy', 'none', '--dim', '4', '--epochs', '1', '--save']
+    real.mkdir()
+    link.symlink_to(real)
+    (real / 'recommendations.tsv.part').write_text('of a killed run')
+    assert llminit.command([*given, str(link)]) == 0
+    assert link.is_symlink() and set(os.listdir(real)) >= {'run.json', *llminit.TABLES}
+    monkeypatch.chdir(real)
+    assert llminit.command([*given, '.', '--seed', '1']) == 0
+    assert json.loads((real / 'run.json').read_text())['settings']['seed'] == 1
+    own.rename(tmp_path / 'moved')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):                                    # the folder is gone
+        llminit.command(['--load', str(real)])
+    assert llminit.command(['--load', str(real), '--dataset', str(tmp_path / 'moved')]) == 0
 
 
 @pytest.mark.parametrize('file', ['data.py', 'embed.py', 'llminit.py', 'models.py'])
@@ -916,7 +938,8 @@ def test_of_flags_that_no_run_uses_it_is_told_and_saving_is_for_one_run(tmp_path
         llminit.parse(['--seeds', '2', '--save', str(tmp_path / 'run')])
     assert stop.value.code == 2 and 'for one' in capsys.readouterr().err
     for wrong in (['--strategy', 'var,best'], ['--dim', '8,x'], ['--cold', '.5,2'],
-                  ['--model', ''], ['--seeds', '0']):
+                  ['--model', ''], ['--seeds', '0'], ['--dataset', 'beauty,ofice'],
+                  ['--encoder', 'tfidf,tfdf'], ['--encoder', 'openai:']):
         with pytest.raises(SystemExit) as stop:
             llminit.parse(wrong)
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
@@ -956,6 +979,48 @@ def test_a_run_that_is_in_the_file_is_told_and_run_again_to_be_saved(tmp_path, c
     assert llminit.DATASETS == tuple(data.FOLDERS)
 
 
+def test_a_file_of_something_else_is_no_results_file(tmp_path, capsys):
+    own, notes = write_planted(tmp_path / 'own'), tmp_path / 'notes.csv'
+    notes.write_text('user,note\nann,"[1"\n')
+    given = ['--dataset', str(own), '--strategy', 'none', '--results', str(notes)]
+    assert llminit.command(given) == 2 and 'other lines than results' in capsys.readouterr().err
+    assert notes.read_text() == 'user,note\nann,"[1"\n'
+
+
+def test_another_endpoint_is_another_run(tmp_path, capsys, monkeypatch):
+    own, results = write_planted(tmp_path / 'own'), str(tmp_path / 'r.jsonl')
+    monkeypatch.setattr(embed, 'encode', lambda texts, *args, **kwargs: np.eye(
+        len(texts), 32, dtype=np.float32) + len(os.environ['OPENAI_BASE_URL']))
+    for url, told in (('http://a/v1', False), ('http://a/v1', True), ('http://bc/v1', False)):
+        monkeypatch.setenv('OPENAI_BASE_URL', url)
+        assert llminit.command(['--dataset', str(own), '--encoder', 'openai:m', '--epochs', '1',
+                                '--dim', '8', '--results', results]) == 0
+        assert ('this run is in' in capsys.readouterr().err) == told
+    rows, _ = llminit.read_results(results)
+    assert [row['endpoint'] for row in rows] == ['http://a/v1', 'http://bc/v1']
+
+
+def test_on_a_terminal_a_grid_has_one_live_line_that_an_error_replaces(tmp_path):
+    pty = pytest.importorskip('pty')
+    own = write_planted(tmp_path / 'own')
+    command = [sys.executable, HERE / 'llminit.py', '--dataset', own, '--encoder', 'tfidf', '--dim',
+               '8,5000', '--epochs', '2', '--results', tmp_path / 'r.jsonl']
+    ours, theirs = pty.openpty()
+    done = subprocess.Popen(list(map(str, command)), stdout=theirs, stderr=theirs,
+                            env={**os.environ, 'COLUMNS': '80'})
+    os.close(theirs)
+    out = b''
+    with contextlib.suppress(OSError):                                 # the end of a terminal
+        while part := os.read(ours, 4096):
+            out += part
+    assert done.wait() == 2
+    lines = [line.rpartition('\r')[2] for line in out.decode().replace('\r\n', '\n').split('\n')]
+    live = [part for part in out.decode().split('\r') if part.startswith('1/2 epoch 2, best 0.')]
+    assert live and len(live[0].removesuffix('\x1b[K')) < 80
+    assert '; time left unknown; ' in live[0] and str(own)[:9] in live[0]
+    assert any(line.startswith('\x1b[Kllminit: error: cannot keep 5000') for line in lines)
+
+
 def test_equal_rows_have_p_1_and_other_users_none(tmp_path):
     ndcg = np.where(np.arange(300) % 7 == 0, 1., 0)
     other = np.where(np.arange(300) % 3 == 0, 1., 0)
@@ -991,9 +1056,10 @@ def fake_run(strategy, seed, ndcg, dataset='office', **more):
              'cold': 0., 'seen': 'keep', 'preset': 'paper', 'encoder': 'mpnet', **more}
     scores = {'Recall@10': float(np.mean(ndcg > 0)), 'NDCG@10': float(np.mean(ndcg))}
     part = {'abundance': 2., 'effective rank': 3.}
-    return {'settings': given, 'test': scores, 'valid': scores, 'best epoch': 2, 'parameters': 9,
-            'seconds': 3., 'paper': '.1/.2', 'ranks': llminit.pack(ndcg), 'curve': [[1., .1, 1.],
-            [.9, .2, 1.]], 'spectrum': {'users': part, 'items': part},
+    return {'settings': given, 'K': given['dim'], 'test': scores, 'valid': scores,
+            'best epoch': 2, 'parameters': 9, 'seconds': 3., 'paper': '.1/.2',
+            'ranks': llminit.pack(ndcg), 'curve': [[1., .1, 1.], [.9, .2, 1.]],
+            'spectrum': {'users': part, 'items': part},
             'by training interactions, from': {'3': {'users': 5, **scores},
                                                '5': {'users': 4, **scores}}}
 
@@ -1042,16 +1108,34 @@ def test_the_report_leaves_damage_out_and_says_what_is_wrong(tmp_path):
     (tmp_path / 'r.jsonl').write_text(f'{{"cut\n[]\n{json.dumps(broken)}\n{good[:-9]}')
     lines, code, err = report('table', tmp_path / 'r.jsonl')
     assert code == 0 and err.count('left out') == 4 and any('| var |' in line for line in lines)
+    (tmp_path / 'other.jsonl').write_text(json.dumps({'settings': {}, **{
+        name: value for name, value in json.loads(good.splitlines()[0]).items()
+        if name != 'settings'}}))
     for args in (['table', tmp_path / 'nothing'], ['table', tmp_path / 'r.jsonl', '--only', 'x=1'],
-                 ['table', tmp_path / 'r.jsonl', '--only', 'model=sgl']):
+                 ['table', '--only', 'model=sgl', tmp_path / 'r.jsonl'],
+                 ['table', tmp_path / 'other.jsonl'], ['plot', tmp_path / 'r.jsonl'],
+                 ['table', tmp_path / 'r.jsonl', '--against', 'typo']):
         lines, code, err = report(*args)
         assert code == 1 and not lines and err.splitlines()[-1].startswith('report: ')
+    assert (tmp_path / 'r.jsonl').read_text().endswith(good[:-9])      # no figure over the results
+    lines, code, _ = report('table', '--only', 'cold=0', 'strategy=var,none', tmp_path / 'r.jsonl')
+    assert code == 0 and sum(line.startswith('| ') for line in lines) == 2 + 2
+
+
+def test_a_full_table_stands_by_its_own_size(tmp_path):
+    ndcg = np.where(np.arange(300) % 7 == 0, 1., 0)
+    runs = [fake_run('none', 0, ndcg, dim=24), fake_run('none', 0, ndcg[::-1], dim=8),
+            fake_run('full', 0, ndcg, dim=8) | {'K': 24}]
+    (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs)))
+    rows = [line.split(' | ') for line in report('table', tmp_path / 'r.jsonl')[0]]
+    assert next(row for row in rows if 'full' in row)[:6:5] == ['| 24', '1']
 
 
 @pytest.mark.parametrize('x', ['dim', 'cold', 'users', 'epoch'])
 def test_the_figures_are_drawn_or_matplotlib_is_asked_for(tmp_path, x):
-    runs = [fake_run(strategy, 0, np.full(9, 1.), dim=dim, cold=cold)
-            for strategy in ('none', 'var') for dim in ((8, 16) if x == 'dim' else (8,))
+    runs = [fake_run(strategy, 0, np.full(9, 1.), dim=dim, cold=cold, dataset=dataset)
+            for dataset in ('office', 'beauty') for strategy in ('none', 'var')
+            for dim in ((8, 16) if x == 'dim' else (8,))
             for cold in ((0., .5) if x == 'cold' else (0.,))]
     (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs)))
     lines, code, err = report('plot', tmp_path / 'f.png', tmp_path / 'r.jsonl', '--x', x)
@@ -1201,7 +1285,8 @@ def test_what_the_settings_can_do_wrong_is_said(folder):
                  items__csv='item_id,Title\n1,x\n')
     fails('nothing left of 2 rows: 0 positive', own, core=1, min_rating=6)
     fails('0 in the 3-core; lower min_rating or core', own, core=3)
-    fails('no column title; found item_id, Title', own, text_columns=['title'])
+    fails('no column colour; found item_id, Title', own, text_columns=['colour'])
+    assert data.load(own, core=1, text_columns=['title'])[1] == ['x']
     fails('no text column', own, text_columns=[])
     assert edges(data.load(own, core=1, min_rating=5)) == {('a', '1')}
     assert edges(data.load(own, core=1, min_rating=-np.inf)) == {('a', '1'), ('b', '1')}
@@ -1242,13 +1327,37 @@ def test_delimiters_line_ends_marks_and_gz(folder, delimiter, end, encoding, pac
     ('"User","Item"\n1,10\n2,11\n', '"asin","Product Name"\n10,Tea\n11,Cup\n', []),
     ('1\t10\t4\t881250949\n2\t11\t5\t881250949\n', '10|Tea|hot\n11|Cup|\n',
      ['user_id, item_id, rating, timestamp', 'item_id, title, column_3']),
-    ('1;10\n2;11\n', '10;Tea\n11;Cup\n', ['user_id, item_id', 'item_id, title'])])
+    ('1;10\n2;11\n', '10;Tea\n11;Cup\n', ['user_id, item_id', 'item_id, title']),
+    ('1,10,,9645\n2,11,5,\n', '10\tTea, green, 100 bags\t1995\n11\tCup\t1996\n',
+     ['user_id, item_id, rating, timestamp', 'item_id, title, column_3'])])
 def test_other_names_and_no_header(folder, capsys, ratings, items, told):
     own = folder(a__csv=ratings, b__txt=items)
     loaded = data.load(own, core=1)
-    assert edges(loaded) == {('1', '10'), ('2', '11')} and loaded[2] == ['Tea', 'Cup']
+    assert edges(loaded) == {('1', '10'), ('2', '11')}
+    assert [title.split(',')[0] for title in loaded[2]] == ['Tea', 'Cup']
     notes = [line for line in capsys.readouterr().err.splitlines() if 'no header' in line]
     assert [line.partition('columns are ')[2] for line in notes] == told
+
+
+def test_public_sets_as_they_are_unpacked(folder):
+    own = folder(README__txt='MovieLens\n\nmany words, and signs: 1,2\n',
+                 links__csv='movieId,imdbId\n10,7\n',
+                 tags__csv='userId,movieId,tag,timestamp\n1,10,nice,9\n',
+                 RATINGS__CSV='userId,movieId,rating,timestamp\n1,10,4.0,9\n',
+                 movies__csv='movieId,title,genres\n10,"Tea, The (1995)",Drama|Film\n')
+    assert edges(data.load(own, core=1)) == {('1', '10')}
+    shutil.rmtree(own)                       # Amazon of 2023: the meta file knows parent_asin alone
+    own = folder(a__csv='rating,asin,parent_asin,user_id\n5.0,X,P,u\n5.0,P,Q,u\n5.0,P,P,v\n',
+                 meta__csv='parent_asin,title,price\nP,Tea,None\nQ,nan,3\n')
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('u', 'P'), ('u', 'Q'), ('v', 'P')} and loaded[1] == ['Tea', '']
+
+
+def test_blanks_around_ids_are_none_of_theirs(folder):
+    own = folder(a__tsv='user_id\titem_id\trating\nu \t1\t5\n u\t 2\t5\n \t1\t5\nv\t1 \t5 \n',
+                 b__tsv='item_id\ttitle\n 1\tTea\n2\tCup\n1 \tTea again\n')
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('u', '1'), ('u', '2'), ('v', '1')} and loaded[2] == ['Tea', 'Cup']
 
 
 def test_a_name_wins_over_its_aliases_and_a_header_over_numbers(folder):
@@ -1334,7 +1443,7 @@ TEXT = 'item_id,title\n1,x\n'
     ('no text column', {'a__csv': IDS, 'b__csv': 'item_id,price\n1,2\n'}),
     ('no rows', {'a__csv': 'user_id,item_id\n', 'b__csv': TEXT}),
     ('no rows', {'a__csv': IDS, 'b__csv': 'item_id,title\n'}),
-    ('nothing left of 1 rows: 1 positive, 0 of them',
+    ('a.csv: none of its items is in',
      {'a__csv': IDS, 'b__csv': 'item_id,t\n2,x\n'}),
     ('a.csv, line 2: ', {'a__csv': 'user_id,item_id\n"a,1\nb,1\n', 'b__csv': TEXT}),
     ('larger than field limit', {'a__csv': IDS, 'b__csv': TEXT + '2,' + 'x' * 200000}),
@@ -1851,7 +1960,8 @@ def test_the_first_layers_are_float32_whatever_the_others_are(tmp_path):
     tiny_mpnet(tmp_path / 'tiny', layers=6)
     _, model, _ = embed.load_mpnet(tmp_path / 'tiny')
     ids = [torch.tensor([[0, 5, 6, 7, 2], [0, 7, 7, 5, 2]]), torch.tensor([[0, 6, 2]])]
-    out = {name: [] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    out = {name: [] for name, module in model.named_modules()
+           if isinstance(module, torch.nn.Linear)}
     for name in out:
         model.get_submodule(name).register_forward_hook(
             lambda module, args, result, name=name: out[name].append(result))

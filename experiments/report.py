@@ -19,6 +19,7 @@ This file knows the results file and nothing else. numpy and scipy; plot also as
 import argparse
 import base64
 import json
+import os
 import sys
 import zlib
 from collections import Counter, defaultdict
@@ -27,6 +28,8 @@ import numpy as np
 import scipy.stats
 
 PROTOCOL = 'seen', 'preset'
+NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'K', 'test', 'valid', 'paper', 'curve',
+          'best epoch', 'parameters', 'seconds', 'spectrum', 'by training interactions, from'}
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
 OF_STRATEGY = 'strategy', 'encoder', 'whiten', 'popular', 'pool'
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
@@ -38,7 +41,8 @@ MARKERS, DASHES = 'osD^vPX', ('-', '--', '-.', ':')
 
 
 def read(paths):
-    """The runs of results files, [dict]; of runs with equal settings the last."""
+    """The runs of results files, [dict]; of runs with equal settings the last. dim is the K that a
+    run has, also where its strategy keeps all dimensions."""
     runs = {}
     for path in paths:
         with open(path, encoding='utf8') as file:
@@ -46,7 +50,10 @@ def read(paths):
                 try:
                     run = json.loads(line)
                     run['ndcg'] = users_ndcg(run)
+                    if missing := NEEDED - {*run, *run['settings']}:
+                        raise ValueError(f'no {", ".join(sorted(missing))}')
                     runs[json.dumps(run['settings'], sort_keys=True)] = run
+                    run['settings']['dim'] = run['K']
                 except (ValueError, KeyError, TypeError, zlib.error) as error:
                     print(f'note: {path} line {number} left out ({error!r})', file=sys.stderr)
     if not runs:
@@ -69,7 +76,7 @@ def freeze(settings, without=()):
 
 
 def place(run):
-    """Where a run stands in a table: by its columns, words as in WORDS, other words as they come."""
+    """Where a run stands in a table: by its columns, words as in WORDS, others as they come."""
     values = [run['settings'].get(name) for name in ORDER]
     return [(WORDS.index(value) if value in WORDS else len(WORDS), 0) if isinstance(value, str)
             else (0, value or 0) for value in values]
@@ -104,6 +111,8 @@ def compare(rows, against):
         if dict(key)['strategy'] == against:
             if base.setdefault(freeze(dict(key), OF_STRATEGY), datasets) is not datasets:
                 raise ValueError(f'several rows are {against}: choose with --only')
+    if not base and against != 'none':
+        raise ValueError(f'no row is {against}')
     for key, datasets in rows.items():
         other = base.get(freeze(dict(key), OF_STRATEGY), {})
         for name, runs in datasets.items():
@@ -114,7 +123,8 @@ def compare(rows, against):
             mine, theirs = (np.mean([some[seed]['ndcg'] for seed in seeds], axis=0)
                             for some in (runs, other[name]))
             same = np.array_equal(mine, theirs)            # where the t-test gives NaN
-            out[key, name] = (mine.mean() / theirs.mean() - 1,
+            gain = mine.mean() / theirs.mean() - 1 if theirs.any() else np.inf
+            out[key, name] = (gain,
                               1. if same else scipy.stats.ttest_rel(mine, theirs).pvalue)
     smallest = sorted(out, key=lambda where: out[where][1])
     worst = 0.
@@ -209,14 +219,19 @@ def curves(runs, x):
     return out
 
 
-def draw_settings(axes, lines, x, y):
+def style(n):
+    """How line n looks, the same in all panels of a figure."""
+    return {'color': COLOURS[n % 7], 'marker': MARKERS[n % 7], 'ls': DASHES[n % 4]}
+
+
+def draw_settings(axes, lines, styles, x, y):
     """A line with error bars for each set of settings; y(run) against the setting x."""
-    for n, (label, points) in enumerate(lines.items()):
+    for label, points in lines.items():
         places = sorted(points)
         values = [[y(run) for run in points[at]] for at in places]
         axes.errorbar(places, [np.mean(v) for v in values],
                       [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label,
-                      color=COLOURS[n % 7], marker=MARKERS[n % 7], ls=DASHES[n % 4], capsize=3)
+                      capsize=3, **styles[label])
     places = sorted({at for points in lines.values() for at in points})
     if x == 'dim':
         axes.set_xscale('log', base=2)
@@ -224,31 +239,29 @@ def draw_settings(axes, lines, x, y):
     axes.set_xlabel({'dim': 'K, dimensions', 'cold': 'share of training interactions removed'}[x])
 
 
-def draw_users(axes, lines):
+def draw_users(axes, lines, styles):
     """NDCG@10 of users by training interactions, a line for each set of settings."""
     key = 'by training interactions, from'
     of_line = {label: [run for some in points.values() for run in some]
                for label, points in lines.items()}
     places = sorted({int(at) for runs in of_line.values() for run in runs for at in run[key]})
-    for n, (label, runs) in enumerate(of_line.items()):
+    for label, runs in of_line.items():
         scores = {at: [run[key][str(at)]['NDCG@10'] for run in runs if str(at) in run[key]]
                   for at in places}
         axes.plot([places.index(at) for at in places if scores[at]],
                   [np.mean(scores[at]) for at in places if scores[at]], label=label,
-                  color=COLOURS[n % 7], marker=MARKERS[n % 7], ls=DASHES[n % 4])
+                  **styles[label])
     ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(places, places[1:])] + [' or more']
     axes.set_xticks(range(len(places)), [f'{a}{b}' for a, b in zip(places, ends)])
     axes.set_xlabel('training interactions of the user')
 
 
-def draw_epochs(axes, lines):
+def draw_epochs(axes, lines, styles):
     """Validation NDCG@10 by epoch, the first seed of each set of settings; the best is marked."""
-    for n, (label, points) in enumerate(lines.items()):
+    for label, points in lines.items():
         run = next(iter(points.values()))[0]
-        valid, best = [ndcg for _, ndcg, _ in run['curve']], run['best epoch']
-        axes.plot(range(1, len(valid) + 1), valid, label=label, color=COLOURS[n % 7],
-                  ls=DASHES[n % 4])
-        axes.plot([best], [valid[best - 1]], color=COLOURS[n % 7], marker=MARKERS[n % 7])
+        axes.plot(range(1, len(run['curve']) + 1), [ndcg for _, ndcg, _ in run['curve']],
+                  label=label, markevery=[run['best epoch'] - 1], **styles[label])
     axes.set_xlabel('epoch')
 
 
@@ -261,28 +274,33 @@ def plot(runs, x, path):
     matplotlib.use('Agg')
     from matplotlib import pyplot
     lines = defaultdict(dict)
-    for (dataset, label), points in curves(runs, x).items():
+    for (dataset, label), points in curves(sorted(runs, key=place), x).items():
         lines[dataset][label] = points
+    styles = {label: style(n) for n, label in enumerate(dict.fromkeys(
+        label for some in lines.values() for label in some))}
     ranks = x == 'dim'
     figure, grid = pyplot.subplots(1 + ranks, len(lines), squeeze=False, layout='constrained',
                                    figsize=(5.2 * len(lines), 3.9 * (1 + ranks)))
     for column, (dataset, some) in enumerate(lines.items()):
         axes = grid[0, column]
         if x in ('dim', 'cold'):
-            draw_settings(axes, some, x, lambda run: run['test']['NDCG@10'])
+            draw_settings(axes, some, styles, x, lambda run: run['test']['NDCG@10'])
         else:
-            {'users': draw_users, 'epoch': draw_epochs}[x](axes, some)
+            {'users': draw_users, 'epoch': draw_epochs}[x](axes, some, styles)
         axes.set_ylabel('validation NDCG@10' if x == 'epoch' else 'test NDCG@10')
         axes.set_title(dataset)
         if ranks:
-            draw_settings(grid[1, column], some, x,
+            draw_settings(grid[1, column], some, styles, x,
                           lambda run: run['spectrum']['items']['effective rank'])
             grid[1, column].set_ylabel('effective rank of the item table')
             grid[1, column].set_yscale('log', base=2)
     for axes in grid.flat:
         axes.grid(alpha=.3)
-    grid[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=150, format='png')
+    known = {label: handle for axes in grid[0] for handle, label in
+             zip(*axes.get_legend_handles_labels())}
+    grid[0, 0].legend(known.values(), known.keys(), fontsize=8)
+    figure.savefig(f'{path}.part', dpi=150, format='png')
+    os.replace(f'{path}.part', path)
 
 
 def arguments(argv):
@@ -296,10 +314,18 @@ def arguments(argv):
     two.add_argument('file', metavar='FILE.png')
     two.add_argument('--x', default='dim', choices=('dim', 'cold', 'users', 'epoch'))
     for sub in (one, two):
-        sub.add_argument('results', nargs='*', default=['results.jsonl'])
+        sub.add_argument('results', nargs='*', help='default: results.jsonl')
         sub.add_argument('--only', nargs='+', default=[], metavar='NAME=VALUE',
                          help='settings that a run must have, such as model=sgl strategy=none,var')
     return p.parse_args(argv)
+
+
+def equals(value, word):
+    """Is a setting what a word of the command line says? cold=0 is 0.0."""
+    try:
+        return str(value) == word or float(value) == float(word)
+    except (TypeError, ValueError):
+        return False
 
 
 def chosen(runs, only):
@@ -308,7 +334,8 @@ def chosen(runs, only):
         name, _, values = condition.partition('=')
         if name not in runs[0]['settings']:
             raise ValueError(f'{name} is no setting: {", ".join(runs[0]["settings"])}')
-        runs = [run for run in runs if str(run['settings'].get(name)) in values.split(',')]
+        runs = [run for run in runs
+                if any(equals(run['settings'].get(name), word) for word in values.split(','))]
         if not runs:
             raise ValueError(f'no run with {condition}')
     return runs
@@ -317,7 +344,11 @@ def chosen(runs, only):
 def main(argv=None):
     args = arguments(argv)
     try:
-        runs = chosen(read(args.results), args.only)
+        if args.command == 'plot' and not args.file.endswith('.png'):
+            raise ValueError(f'{args.file}: expected FILE.png, then the results files')
+        # a file behind --only is no condition
+        files = args.results + [word for word in args.only if '=' not in word]
+        runs = chosen(read(files or ['results.jsonl']), [word for word in args.only if '=' in word])
         if args.command == 'plot':
             plot(runs, args.x, args.file)
             return
