@@ -81,9 +81,9 @@ AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' so
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
 MAX_LINE = 1 << 20                     # bytes of a raw record [ours: no honest record is longer]
 CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
-ALIASES = {'user_id': ('user', 'reviewer_id', 'customer_id'),         # [ours: what public sets
-           'item_id': ('item', 'parent_asin', 'asin', 'movie_id', 'product_id', 'book_id',
-                       'business_id', 'article_id'),                  # call them]
+ALIASES = {'user_id': ('reviewer_id', 'customer_id', 'user'),         # [ours: what public sets
+           'item_id': ('parent_asin', 'asin', 'movie_id', 'product_id', 'book_id', 'business_id',
+                       'article_id', 'item'),                         # call them]
            'rating': ('overall', 'stars', 'score'),
            'title': ('movie_title', 'book_title', 'product_name', 'name')}
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
@@ -385,27 +385,33 @@ def to_number(text):
 
 def plain(name):
     """A column's name as it is compared: 'userId', 'User ID' and 'user_id' are one."""
-    return re.sub('[^a-z0-9]', '', name.lower())
+    return re.sub(r'[\W_]', '', name.lower())
 
 
 def find_column(columns, name):
     """Index of a column, by its name or else by one of its ALIASES; -1 if there is none."""
-    found = [plain(column) for column, _ in columns]
+    exact = [column for column, _ in columns]
+    if name in exact:
+        return exact.index(name)
+    found = [plain(column) for column in exact]
     wanted = map(plain, (name, *ALIASES.get(name, ())))
     return next((found.index(one) for one in wanted if one in found), -1)
 
 
-def position_names(row):
-    """Names for the columns of a file without header, by its first row: user, item, rating, of
+def position_names(rows):
+    """Names for the columns of a file without header, by its first rows: user, item, rating, of
     which no item holds a blank and the rating is a number or missing, or else item, title. None
-    where the row may be a header: it holds no number."""
-    kinds = [to_number(cell) for cell in row]              # NaN: missing, -inf: no number
-    if not np.isfinite(kinds).any() or len(row) < 2:
+    where the first may be a header: it holds no number."""
+    numbers = [[to_number(cell) for cell in row] for row in rows]      # NaN: missing, -inf: none
+    size = len(rows[0])
+    if size < 2 or not np.isfinite(numbers[0]).any():
         return None
-    pair = ' ' not in row[1].strip() and (len(row) > 2 or np.isfinite(kinds[:2]).all())
-    if pair and len(row) <= 4 and (kinds[2:] or [0.])[0] != -np.inf:
-        return ['user_id', 'item_id', 'rating', 'timestamp'][:len(row)]
-    return ['item_id', 'title', *(f'column_{n}' for n in range(3, len(row) + 1))]
+    due = slice(2, 3) if size > 2 else slice(2)            # columns that hold numbers
+    pairs = all(len(row) == size and ' ' not in row[1].strip() and -np.inf not in some[due]
+                for row, some in zip(rows, numbers))
+    if pairs and size <= 4:
+        return ['user_id', 'item_id', 'rating', 'timestamp'][:size]
+    return ['item_id', 'title', *(f'column_{n}' for n in range(3, size + 1))]
 
 
 def read_table(path, tell=True):
@@ -418,10 +424,12 @@ def read_table(path, tell=True):
     kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
     columns = [re.fullmatch(kinds, cell.strip(), re.S).groups('') for cell in first]
     if find_column(columns, 'user_id') < 0 and find_column(columns, 'item_id') < 0:
-        if names := position_names(first):
+        more = list(itertools.islice(rows, 4))
+        if names := position_names([first, *more]):
             if tell:
                 note(f'{path}: no header, so its columns are {listed(names)}')
-            return [(name, '') for name in names], itertools.chain([first], rows)
+            return [(name, '') for name in names], itertools.chain([first], more, rows)
+        rows = itertools.chain(more, rows)
     return columns, rows
 
 
@@ -565,7 +573,8 @@ def own_files(folder):
     items = [path for path, columns in seen.items() if find_column(columns, 'item_id') >= 0]
     found = '; '.join(f'{os.path.basename(path)} ({listed(name for name, _ in columns)})'
                       for path, columns in seen.items()) or listed(sorted(os.listdir(folder)))
-    kinds = f'as .inter, .item, .csv, .tsv or .txt, plain or gz; found {found}'
+    kinds = (f'as .inter, .item, .csv, .tsv or .txt, plain or gz; found {found}; where a header is '
+             'missing, its names are guessed')
     texts = [path for path in items if path not in users]
     titled = [path for path in texts if find_column(seen[path], 'title') >= 0]
     return (pick_file([path for path in users if path in items],

@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import unicodedata
 import zipfile
 import zlib
@@ -537,7 +538,8 @@ def fast_dtype(device):
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
     kind = torch.device(device).type
     can = getattr(torch.cpu, 'get_capabilities', dict)() if kind == 'cpu' else {}
-    fast = kind == 'cuda' or can.get('avx512_bf16') or can.get('amx_bf16')
+    cuda = kind == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
+    fast = cuda or can.get('avx512_bf16') or can.get('amx_bf16')
     return 'bfloat16' if fast else 'float32'
 
 
@@ -777,7 +779,8 @@ def from_file(path, n_items, ids):
             data = {'vectors': data['vectors'], 'ids': data['ids']}
         else:
             data = {'vectors': data}
-    except (ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile,
+            tokenize.TokenError) as error:                 # of a header as Python 2 wrote it
         raise ValueError(f'{path}: not a plain .npy, or .npz with the arrays ids and vectors, of '
                          f'numbers and strings ({error})') from None
     vectors = data['vectors']

@@ -30,6 +30,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tokenize
 import traceback
 import zlib
 
@@ -72,6 +73,8 @@ PAPER = {
     ('office', 'sgcl'): '.0647/.0298 .0770/.0365 .0742/.0354 .0776/.0366',
     ('beauty', 'morec'): '.0857/.0397', ('toys', 'morec'): '.0793/.0362',            # Table 3
 }
+THE_PAPERS = dict(dim=128, cold=0, encoder='mpnet', pool='mean', core=5, min_rating=4., anchor=0.,
+                  text_columns=None)   # settings of these figures; it does not name its training's
 
 
 def principal(vectors, K, whiten=0.):
@@ -165,6 +168,9 @@ def settings_of(args):
         settings['dataset'] = os.path.abspath(args.dataset)
     if os.path.exists(args.encoder) and args.encoder not in ('mpnet', 'tfidf'):
         settings['encoder'] = os.path.abspath(args.encoder)
+    if args.encoder.startswith('openai:'):                 # elsewhere MODEL may be another
+        url = os.environ.get('OPENAI_BASE_URL', '').strip() or 'https://api.openai.com/v1'
+        settings['endpoint'] = url.rstrip('/')
     return settings
 
 
@@ -180,6 +186,11 @@ def training_settings(args):
     settings |= {name: getattr(args, name) for name in ('seen', 'epochs', 'anchor')}
     own = {'sgl': ('views', 'tau'), 'sgcl': ('tau',), 'morec': ('dim',)}.get(args.model, ())
     return settings | {name: getattr(args, name) for name in own}
+
+
+def whole_settings(args):
+    """What a run must share with a row of a results file to be that row's: also the presets."""
+    return settings_of(args), training_settings(args)
 
 
 def digest(*matrices):
@@ -211,7 +222,7 @@ def means(scores):
 
 def papers(args):
     """'Recall@10/NDCG@10' of a run in the paper's Table 1 or 3, '-' if it has none."""
-    there = (args.dim, args.cold, args.encoder) == (128, 0, 'mpnet')
+    there = all(getattr(args, name) == value for name, value in THE_PAPERS.items())
     figures = PAPER.get((args.dataset, args.model), '').split() if there else []
     which = ('full',) if args.model == 'morec' else STRATEGIES
     return dict(zip(which, figures)).get(args.strategy, '-')
@@ -228,7 +239,7 @@ def read_run(folder):
     with open(os.path.join(folder, 'run.json'), encoding='utf8') as file:
         try:
             run = json.load(file)
-            if set(run['settings']) != KEPT or not (isinstance(run['users'], list)
+            if set(run['settings']) - {'endpoint'} != KEPT or not (isinstance(run['users'], list)
                                                     and isinstance(run['items'], list)):
                 raise ValueError('other settings than this version has')
             return run | {'best epoch': int(run['best epoch']), 'K': int(run['K']),
@@ -247,8 +258,9 @@ def load_run(folder, split, names):
     tables = []
     for name, ids in zip(TABLES, names):
         try:
-            tables.append(np.load(os.path.join(folder, name), allow_pickle=False))
-        except (ValueError, EOFError):                     # numpy's words would advise to unpickle
+            with open(os.path.join(folder, name), 'rb') as file:
+                tables.append(np.lib.format.read_array(file, allow_pickle=False))
+        except (ValueError, EOFError, tokenize.TokenError):        # numpy advises to unpickle
             raise ValueError(f'{folder}/{name} is damaged: not a plain .npy') from None
         found, due = (tables[-1].dtype, tables[-1].shape), (np.float32, (len(ids), run['K']))
         if found != due or not np.isfinite(tables[-1]).all():
@@ -329,11 +341,6 @@ def pack(ndcg):
     return base64.b64encode(zlib.compress(ranks.astype(np.uint8).tobytes(), 9)).decode()
 
 
-def endpoint_of(encoder):
-    """The URL that an encoder openai:MODEL asks, '' for others: MODEL may be another elsewhere."""
-    return os.environ.get('OPENAI_BASE_URL', '') if encoder.startswith('openai:') else ''
-
-
 def result(args, scores, facts, train, test, curve, device):
     """What the results file keeps of a finished run: a dict for one JSON line. Users are also
     scored apart, by their training interactions."""
@@ -348,7 +355,6 @@ def result(args, scores, facts, train, test, curve, device):
             **facts, 'by training interactions, from': apart,
             'spectrum': best['spectrum'], 'ranks': pack(scores[1]),
             'paper': papers(args), 'test split': digest(test),
-            'endpoint': endpoint_of(args.encoder),
             'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
                       for epoch in curve],
             'versions': {'python': platform.python_version(), 'numpy': np.__version__,
@@ -486,10 +492,11 @@ def parser():
         'folder, a .npy or .npz file [,]')
     add('--dim', default='128', type=listed(whole(1)), help='K, the dimensions kept [,]')
     add('--cold', default='0', type=listed(between(0, 1)), help='share of the training '
-        'interactions of each user to remove, but the last [,]')
+        'interactions of each user to remove; one stays [,]')
     add('--whiten', default=0., type=between(0, 1), help='pca: 0 keeps its widths, 1 evens them')
-    add('--popular', default=1., type=between(0, 1), help='var: over this share of items; paper .2')
-    add('--pool', default='mean', choices=POOLS, help='of items to a user')
+    add('--popular', default=1., type=between(0, 1),
+        help="var: over this share of the items; authors' code .2")
+    add('--pool', default='mean', choices=POOLS, help='how the items of a user make the user')
     add('--anchor', default=0., type=between(0, 1000), help='pull towards the start, in training')
     add('--views', default='edge', choices=('edge', 'node', 'walk'), help='sgl: what is dropped')
     add('--tau', default=.2, type=between(1e-3, 100), help='sgl, sgcl: temperature of the contrast')
@@ -516,15 +523,17 @@ def parser():
 def parse(argv=None):
     """The command line -> its cells, [args], which never leave this file: one, or a grid."""
     p = parser()
+    argv = sys.argv[1:] if argv is None else argv
     args, usual = p.parse_args(argv), vars(p.parse_args([]))
     if args.load:
+        said = {word.partition('=')[0] for word in argv}
         given = [name for name in sorted({*KEPT, 'seeds', 'results'} - {'dataset'})
-                 if getattr(args, name) != usual[name]]
+                 if f'--{name.replace("_", "-")}' in said]
         if given:
             p.error(f'a saved run has its own settings: leave out {", ".join(given)}')
         kept = [f'--{name.replace("_", "-")}={value}' for name, value
-                in read_run(args.load)['settings'].items() if value is not None]
-        args = p.parse_args(kept + list(sys.argv[1:] if argv is None else argv))
+                in read_run(args.load)['settings'].items() if name in KEPT and value is not None]
+        args = p.parse_args([*kept, *argv])
     usual |= {name: usual[name][0] for name in LISTS}
     cells = grid(args, usual)
     for name in unused(args, cells, usual):
@@ -610,8 +619,9 @@ def pending(cells, agree):
             raise ValueError(f'{path} holds other lines than results: choose another --results')
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
-        own, where = settings_of(args), endpoint_of(args.encoder)
-        done = [row['settings'] for row in rows if row.get('endpoint', where) == where]
+        done = [(row['settings'], row.get('training')) for row in rows]
+        left = [cell for cell in cells[n:] if whole_settings(cell) not in done]
+        own = whole_settings(args)
         if agree(lambda: json.dumps(own), own in done and not args.save):
             if len(cells) == 1:
                 print(f'note: this run is in {path}', file=sys.stderr)
@@ -619,9 +629,8 @@ def pending(cells, agree):
         if len(cells) == 1:
             yield args, say, True
             continue
-        left = [cell for cell in cells[n:] if settings_of(cell) not in done]
-        which = (f'{args.dataset} {args.model} {args.strategy} K={args.dim} cold={args.cold:g} '
-                 f'seed {args.seed}')
+        which = (f'{args.dataset} {args.model} {args.strategy} {args.encoder} K={args.dim} '
+                 f'cold={args.cold:g} seed {args.seed}')
         at = len(cells) - len(left) + 1, len(cells), time_left(left, rows)
         if not sys.stderr.isatty():
             print('run {} of {}, {}: {}'.format(*at, which), file=sys.stderr)
@@ -645,7 +654,8 @@ def once(function):
     known = {}
 
     def remembering(*args, **kwargs):
-        key = repr((args, kwargs))
+        key = tuple(tuple(value) if isinstance(value, list) else value
+                    for value in (*args, *itertools.chain(*sorted(kwargs.items()))))
         if key not in known:
             known[key] = function(*args, **kwargs)
         return known[key]

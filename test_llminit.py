@@ -391,10 +391,12 @@ def test_a_saved_run_refuses_other_settings_and_changed_data(tmp_path, capsys):
     own, saved = write_planted(tmp_path / 'own'), str(tmp_path / 'saved')
     given = ['--dataset', str(own), '--strategy', 'none', '--dim', '4', '--epochs', '1']
     assert llminit.command([*given, '--save', saved]) == 0
-    for flag in (['--seed', '1'], ['--dim', '8'], ['--core', '1'], ['--seen', 'keep']):
+    for flag in (['--seed', '1'], ['--dim', '8'], ['--core', '1'], ['--seen', 'keep'],
+                 ['--seen=mask'], ['--strategy', 'var']):              # defaults, too
         with pytest.raises(SystemExit) as stop:
             llminit.command(['--load', saved, *flag])
-        assert stop.value.code == 2 and f'leave out {flag[0][2:]}' in capsys.readouterr().err
+        name = flag[0][2:].partition('=')[0]
+        assert stop.value.code == 2 and f'leave out {name}' in capsys.readouterr().err
     with open(own / 'interactions.csv', 'a') as file:
         file.writelines(f'u{u},i{(u + 1) % 60},5\n' for u in range(0, 120, 7))
     assert llminit.command(['--load', saved]) == 2
@@ -414,6 +416,9 @@ def test_a_saved_run_refuses_other_settings_and_changed_data(tmp_path, capsys):
     (lambda saved: np.save(saved / 'users.npy', np.array([{}])), 'users.npy is damaged'),
     (lambda saved: (saved / 'users.npy').write_bytes(b'no'), 'users.npy is damaged'),
     (lambda saved: (saved / 'users.npy').write_bytes(b''), 'users.npy is damaged'),
+    (lambda saved: (saved / 'users.npy').write_bytes(b'PK\3\4'), 'users.npy is damaged'),
+    (lambda saved: (saved / 'users.npy').write_bytes(b'\x93NUMPY\1\0\x10\0{abc            '),
+     'users.npy is damaged'),
     (lambda saved: (saved.parent / 'own' / 'items.csv').write_text('item_id,title\ni1,a\ni2,b\n'),
      'nothing left'),
 ])
@@ -987,17 +992,30 @@ def test_a_file_of_something_else_is_no_results_file(tmp_path, capsys):
     assert notes.read_text() == 'user,note\nann,"[1"\n'
 
 
+def test_a_row_of_another_training_is_another_run(tmp_path, capsys, monkeypatch):
+    own, results = write_planted(tmp_path / 'own'), tmp_path / 'r.jsonl'
+    given = ['--dataset', str(own), '--strategy', 'none', '--epochs', '1',
+             '--results', str(results)]
+    for patience, rows in ((20, 1), (20, 1), (7, 2)):                  # the preset itself changes
+        monkeypatch.setitem(llminit.OUR_TRAINING, 'patience', patience)
+        assert llminit.command(given) == 0 and len(llminit.read_results(results)[0]) == rows
+
+
 def test_another_endpoint_is_another_run(tmp_path, capsys, monkeypatch):
     own, results = write_planted(tmp_path / 'own'), str(tmp_path / 'r.jsonl')
     monkeypatch.setattr(embed, 'encode', lambda texts, *args, **kwargs: np.eye(
         len(texts), 32, dtype=np.float32) + len(os.environ['OPENAI_BASE_URL']))
-    for url, told in (('http://a/v1', False), ('http://a/v1', True), ('http://bc/v1', False)):
+    for url, told in (('http://a/v1', 0), ('http://a/v1/', 1), ('http://bc/v1', 0)):
         monkeypatch.setenv('OPENAI_BASE_URL', url)
         assert llminit.command(['--dataset', str(own), '--encoder', 'openai:m', '--epochs', '1',
                                 '--dim', '8', '--results', results]) == 0
         assert ('this run is in' in capsys.readouterr().err) == told
     rows, _ = llminit.read_results(results)
-    assert [row['endpoint'] for row in rows] == ['http://a/v1', 'http://bc/v1']
+    urls = [row['settings']['endpoint'] for row in rows]
+    assert urls == ['http://a/v1', 'http://bc/v1']
+    assert llminit.command(['--dataset', str(own), '--encoder', 'openai:m', '--epochs', '1',
+                            '--dim', '8', '--save', str(tmp_path / 'run')]) == 0
+    assert llminit.command(['--load', str(tmp_path / 'run')]) == 0
 
 
 def test_on_a_terminal_a_grid_has_one_live_line_that_an_error_replaces(tmp_path):
@@ -1120,6 +1138,13 @@ def test_the_report_leaves_damage_out_and_says_what_is_wrong(tmp_path):
     assert (tmp_path / 'r.jsonl').read_text().endswith(good[:-9])      # no figure over the results
     lines, code, _ = report('table', '--only', 'cold=0', 'strategy=var,none', tmp_path / 'r.jsonl')
     assert code == 0 and sum(line.startswith('| ') for line in lines) == 2 + 2
+
+
+def test_the_minutes_of_runs_are_added_up(tmp_path):
+    fake_results(tmp_path / 'r.jsonl')                                 # six runs of three seconds
+    lines, code, _ = report('time', tmp_path / 'r.jsonl')
+    assert code == 0 and lines[-1] == '| all |  |  |  | 6 | 0 |'
+    assert lines[2] == '| office | sgcl | keep | paper | 6 | 0 |'
 
 
 def test_a_full_table_stands_by_its_own_size(tmp_path):
@@ -1328,13 +1353,13 @@ def test_delimiters_line_ends_marks_and_gz(folder, delimiter, end, encoding, pac
     ('1\t10\t4\t881250949\n2\t11\t5\t881250949\n', '10|Tea|hot\n11|Cup|\n',
      ['user_id, item_id, rating, timestamp', 'item_id, title, column_3']),
     ('1;10\n2;11\n', '10;Tea\n11;Cup\n', ['user_id, item_id', 'item_id, title']),
-    ('1,10,,9645\n2,11,5,\n', '10\tTea, green, 100 bags\t1995\n11\tCup\t1996\n',
+    ('1,10,,9645\n2,11,5,\n', '11\tCup\t1996\n10\tTea, green, 100 bags\t1995\n',
      ['user_id, item_id, rating, timestamp', 'item_id, title, column_3'])])
 def test_other_names_and_no_header(folder, capsys, ratings, items, told):
     own = folder(a__csv=ratings, b__txt=items)
     loaded = data.load(own, core=1)
     assert edges(loaded) == {('1', '10'), ('2', '11')}
-    assert [title.split(',')[0] for title in loaded[2]] == ['Tea', 'Cup']
+    assert sorted(title.split(',')[0] for title in loaded[2]) == ['Cup', 'Tea']
     notes = [line for line in capsys.readouterr().err.splitlines() if 'no header' in line]
     assert [line.partition('columns are ')[2] for line in notes] == told
 
@@ -1351,6 +1376,14 @@ def test_public_sets_as_they_are_unpacked(folder):
                  meta__csv='parent_asin,title,price\nP,Tea,None\nQ,nan,3\n')
     loaded = data.load(own, core=1)
     assert edges(loaded) == {('u', 'P'), ('u', 'Q'), ('v', 'P')} and loaded[1] == ['Tea', '']
+
+
+def test_columns_in_other_scripts_and_an_item_that_is_a_name(folder):
+    own = folder(a__csv='product_id,user,rating\n1,u,5\n',
+                 b__csv='product_id,item,説明,タイトル\n1,cup,green,Tea\n')
+    loaded = data.load(own, core=1, text_columns=['タイトル'])
+    assert edges(loaded) == {('u', '1')} and loaded[1] == ['Tea']
+    assert data.load(own, core=1)[1] == ['cup green Tea']
 
 
 def test_blanks_around_ids_are_none_of_theirs(folder):

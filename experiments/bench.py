@@ -16,6 +16,8 @@ nothing.
 """
 import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,7 +65,7 @@ PEER_NAMES = {'lightgcn': 'LightGCN', 'sgl': 'SGL', 'bpr': 'BPR'}
 
 
 def ours(folder, name, batch, epochs, threads, dataset):
-    """Our seconds of each epoch and validation, the first of each left out as warm-up."""
+    """Our seconds of each epoch and validation."""
     sys.path.insert(0, str(ROOT))
     import data
     import llminit
@@ -120,6 +122,7 @@ def main():
     p.add_argument('--peer', help='python of an environment with recbole 1.2.1')
     p.add_argument('--only', help=argparse.SUPPRESS)             # one round of ours, here
     args = p.parse_args()
+    peer = args.peer and os.path.abspath(shutil.which(args.peer) or args.peer)     # from anywhere
     if args.only:
         return ours(args.data, args.only, args.batch, args.epochs, args.threads, args.dataset)
     print('| model | what | ours, s | RecBole, s | RecBole / ours |')
@@ -130,8 +133,8 @@ def main():
             mine, theirs = [], []
             for _ in range(args.rounds):
                 mine.append(measure([sys.executable, __file__, *sys.argv[1:], '--only', name]))
-                if args.peer:
-                    theirs.append(measure([args.peer, '-c', PEER, scratch, PEER_NAMES[name],
+                if peer:
+                    theirs.append(measure([peer, '-c', PEER, scratch, PEER_NAMES[name],
                                            args.batch, args.epochs, args.threads], scratch))
             for what in ('epoch', 'valid'):
                 a, b = (statistics.median(s for run in runs for s in run[what]) if runs else None

@@ -122,7 +122,7 @@ def main():
         names += [f'openai:{args.endpoint}'] * bool(args.endpoint)
         for _ in range(args.rounds):
             for name in dict.fromkeys(names):
-                out[name] = Path(scratch, f'{name}.npy')
+                out[name] = Path(scratch, f'{names.index(name)}.npy')
                 command = ((args.peer, '-c', PEER, file, out[name], args.folder, args.threads)
                            if name == 'peer' else
                            (sys.executable, __file__, *sys.argv[1:], '--only', file, out[name],

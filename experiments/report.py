@@ -3,6 +3,7 @@
     python experiments/report.py table RESULTS.jsonl                       # Markdown
     python experiments/report.py table RESULTS.jsonl --against rand --show valid cost
     python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch
+    python experiments/report.py time RESULTS.jsonl                        # minutes
 
 Runs that differ in nothing but the seed are one row: mean +- standard deviation (n - 1) over the
 seeds. What all runs share stands above the table; a setting that only some rows have stands beside
@@ -31,9 +32,10 @@ PROTOCOL = 'seen', 'preset'
 NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'K', 'test', 'valid', 'paper', 'curve',
           'best epoch', 'parameters', 'seconds', 'spectrum', 'by training interactions, from'}
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
-OF_STRATEGY = 'strategy', 'encoder', 'whiten', 'popular', 'pool'
+OF_STRATEGY = 'strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool'
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
-WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'none', 'rand', 'uni', 'var', 'noise', 'pca')
+WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise',
+         'pca')
 METRICS = 'Recall@10', 'NDCG@10'
 # Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey
 COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
@@ -76,10 +78,10 @@ def freeze(settings, without=()):
 
 
 def place(run):
-    """Where a run stands in a table: by its columns, words as in WORDS, others as they come."""
+    """Where a run stands in a table: by its columns, words as in WORDS, others behind them."""
     values = [run['settings'].get(name) for name in ORDER]
-    return [(WORDS.index(value) if value in WORDS else len(WORDS), 0) if isinstance(value, str)
-            else (0, value or 0) for value in values]
+    return [(WORDS.index(value) if value in WORDS else len(WORDS), value)
+            if isinstance(value, str) else (0, value or 0) for value in values]
 
 
 def group(runs):
@@ -157,10 +159,10 @@ def extra_columns(runs, show):
     return out
 
 
-def cells_of(runs, gain, paper, show):
-    """{column: text} of a row on one dataset."""
+def cells_of(runs, gain, gained, paper, show):
+    """{column: text} of a row on one dataset; gained: the columns of gain and p, where any has."""
     out = {name: spread([run['test'][name] for run in runs.values()]) for name in METRICS}
-    out['gain'], out['p'] = (f'{gain[0]:+.1%}', f'{gain[1]:.1g}') if gain else ('', '')
+    out |= zip(gained, (f'{gain[0]:+.1%}', f'{gain[1]:.1g}') if gain else ('', ''))
     if paper:
         out['paper'] = next(iter(runs.values()))['paper']
     return out | {'seeds': str(len(runs))} | extra_columns(runs, show)
@@ -180,12 +182,14 @@ def table(runs, against, show):
     shared = [f'{name} {first[name]}' for name in (*PROTOCOL, *names)
               if name not in differ and first.get(name) is not None]
     shared += [f'{name} {value} unless said' for name, value in usual.items()]
-    yield f'{", ".join(shared)}; gain over {against}, p by paired t-test over users, Holm over ' \
-          f'{len(gains)} comparisons'
+    told = (f'; gain over {against}, p by paired t-test over users, Holm over {len(gains)} '
+            'comparisons')
+    yield ', '.join(shared) + told * bool(gains)
     yield ''
     datasets = list(dict.fromkeys(run['settings']['dataset'] for run in runs))
     paper = any(run['paper'] != '-' for run in runs) and first['seen'] == 'keep'
-    lines = [(dict(key), {name: cells_of(found[name], gains.get((key, name)), paper, show)
+    gained = ('gain', 'p') if gains else ()
+    lines = [(dict(key), {name: cells_of(found[name], gains.get((key, name)), gained, paper, show)
                           for name in datasets if found.get(name)}) for key, found in rows.items()]
     columns = [(name, column) for name in datasets for column in dict.fromkeys(
         column for _, cells in lines for column in cells.get(name, ()))]
@@ -200,6 +204,20 @@ def table(runs, against, show):
                 for name in columns_of]
         line += [cells.get(name, {}).get(column, '') for name, column in columns]
         yield f'| {" | ".join(line)} |'
+
+
+def times(runs):
+    """Yields the lines of a Markdown table of the minutes that runs took, and their sum."""
+    minutes = defaultdict(list)
+    for run in sorted(runs, key=place):
+        key = tuple(run['settings'][name] for name in ('dataset', 'model', *PROTOCOL))
+        minutes[key].append(run['seconds'] / 60)
+    minutes['all', '', '', ''] = [sum(part) for part in minutes.values()]
+    yield f'| dataset | model | {" | ".join(PROTOCOL)} | runs | minutes |'
+    yield '| --- ' * 6 + '|'
+    for key, parts in minutes.items():
+        count = len(runs) if key[0] == 'all' else len(parts)
+        yield f'| {" | ".join(key)} | {count} | {sum(parts):.0f} |'
 
 
 def curves(runs, x):
@@ -313,7 +331,8 @@ def arguments(argv):
     two = commands.add_parser('plot', help='a PNG')
     two.add_argument('file', metavar='FILE.png')
     two.add_argument('--x', default='dim', choices=('dim', 'cold', 'users', 'epoch'))
-    for sub in (one, two):
+    three = commands.add_parser('time', help='minutes that the runs took')
+    for sub in (one, two, three):
         sub.add_argument('results', nargs='*', help='default: results.jsonl')
         sub.add_argument('--only', nargs='+', default=[], metavar='NAME=VALUE',
                          help='settings that a run must have, such as model=sgl strategy=none,var')
@@ -351,6 +370,9 @@ def main(argv=None):
         runs = chosen(read(files or ['results.jsonl']), [word for word in args.only if '=' in word])
         if args.command == 'plot':
             plot(runs, args.x, args.file)
+            return
+        if args.command == 'time':
+            print('\n'.join(times(runs)))
             return
         protocols = defaultdict(list)
         for run in runs:
