@@ -612,11 +612,12 @@ def pending(cells, agree):
     path, began = cells[0].results, False
     if path:                           # what cannot be written shows now, not after the training
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        open(path, 'ab').close()
+        with open(path, 'a+b') as file:
+            file.seek(0)
+            if file.read(1) not in (b'', b'{', b'\n'):
+                raise ValueError(f'{path} is no results file: choose another --results')
     for n, args in enumerate(cells):
         rows, damaged = read_results(path) if path else ([], 0)
-        if damaged and not rows:
-            raise ValueError(f'{path} holds other lines than results: choose another --results')
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
         done = [(row['settings'], row.get('training')) for row in rows]

@@ -988,7 +988,7 @@ def test_a_file_of_something_else_is_no_results_file(tmp_path, capsys):
     own, notes = write_planted(tmp_path / 'own'), tmp_path / 'notes.csv'
     notes.write_text('user,note\nann,"[1"\n')
     given = ['--dataset', str(own), '--strategy', 'none', '--results', str(notes)]
-    assert llminit.command(given) == 2 and 'other lines than results' in capsys.readouterr().err
+    assert llminit.command(given) == 2 and 'is no results file' in capsys.readouterr().err
     assert notes.read_text() == 'user,note\nann,"[1"\n'
 
 
