@@ -1140,6 +1140,17 @@ def test_the_report_leaves_damage_out_and_says_what_is_wrong(tmp_path):
     assert code == 0 and sum(line.startswith('| ') for line in lines) == 2 + 2
 
 
+def test_an_endpoint_stands_there_where_an_encoder_has_several(tmp_path):
+    ndcg = np.where(np.arange(300) % 7 == 0, 1., 0)
+    runs = [fake_run('none', 0, ndcg), fake_run('var', 0, ndcg, encoder='openai:m', endpoint='a')]
+    other = fake_run('var', 0, ndcg, encoder='openai:m', endpoint='b')
+    for more, told in ([], False), ([other], True):
+        (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs + more)))
+        lines = report('table', tmp_path / 'r.jsonl')[0]
+        assert any('endpoint' in line for line in lines) == told
+        assert sum('| 1 |' in line for line in lines) == 2 + told      # with their p of 1
+
+
 def test_the_minutes_of_runs_are_added_up(tmp_path):
     fake_results(tmp_path / 'r.jsonl')                                 # six runs of three seconds
     lines, code, _ = report('time', tmp_path / 'r.jsonl')

@@ -60,6 +60,11 @@ def read(paths):
                     print(f'note: {path} line {number} left out ({error!r})', file=sys.stderr)
     if not runs:
         raise ValueError(f'no runs in {", ".join(paths)}')
+    settings = [run['settings'] for run in runs.values()]
+    asked = {(one.get('encoder'), one.get('endpoint')) for one in settings}
+    if len(asked) == len({encoder for encoder, _ in asked}):           # the encoder says it all
+        for one in settings:
+            one.pop('endpoint', None)
     return list(runs.values())
 
 
