@@ -1,6 +1,6 @@
 """Interactions and item texts: download, read, filter, split.
 
-    interactions, texts, titles, users, items = load('beauty')       # or 'ml-100k', or a folder
+    interactions, texts, titles, users, items, low = load('beauty')  # or 'ml-100k', or a folder
     train, valid, test = split(interactions, np.random.default_rng(0))
     train = thin(train, .5, rng)                                     # a colder start
 
@@ -15,8 +15,9 @@ Datasets
                                    timestamp if you have them), one with item_id and text
 Files are looked for as <folder>/amazon-beauty/amazon-beauty.inter and .item and fetched only
 when missing. Your own may be atomic files, CSV or TSV, plain or gz; delimiter, header, column
-order and encoding mark are found. Only comma and semicolon files know quotes: in the others a
-quote is a letter. Ids are strings: '007' is not '7'.
+order and encoding mark are found. In comma and semicolon files quotes hold delimiters and line
+ends; in the others quotes around a cell are taken off, but in an atomic file, where a quote is a
+letter. Bytes that are not UTF-8 are read as Windows-1252. Ids are strings: '007' is not '7'.
 
 Decisions the paper leaves open
     users   in order of first appearance in the interaction file
@@ -80,6 +81,7 @@ MIN_RATING, CORE = 4.0, 5              # [paper]
 AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' source holds]
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
 MAX_LINE = 1 << 20                     # bytes of a raw record [ours: no honest record is longer]
+MAX_CELL = 1 << 24                     # letters [ours: the csv module's 2 ** 17 are less than that]
 CHUNK = 256                            # rows [ours: measured; more of them leave the CPU cache]
 ALIASES = {'user_id': ('reviewer_id', 'customer_id', 'user'),         # [ours: what public sets
            'item_id': ('parent_asin', 'asin', 'movie_id', 'product_id', 'book_id', 'business_id',
@@ -88,6 +90,7 @@ ALIASES = {'user_id': ('reviewer_id', 'customer_id', 'user'),         # [ours: w
            'title': ('movie_title', 'book_title', 'product_name', 'name')}
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
 NO_TEXT = {'nan', 'null', 'none'}                  # [ours: likewise; NA may be a brand]
+SURROGATE = re.compile('[\udc80-\udcff]')          # what is not UTF-8, see open_text
 
 
 def note(text, kind='note'):
@@ -334,13 +337,26 @@ def dataset_files(dataset, folder):
 
 
 def open_text(path):
-    """A text file, plain or gz, UTF-8 or by its mark UTF-16; bad bytes become U+FFFD."""
+    """A text file, plain or gz, UTF-8 or by its mark UTF-16; bytes that are not UTF-8 become lone
+    surrogates, for mend()."""
     with open(path, 'rb') as file:
         opener = gzip.open if file.read(2) == b'\x1f\x8b' else open
     with opener(path, 'rb') as file:
         wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return opener(path, 'rt', encoding='utf-16' if wide else 'utf-8-sig', errors='replace',
-                  newline='')
+    encoding, errors = ('utf-16', 'replace') if wide else ('utf-8-sig', 'surrogateescape')
+    return opener(path, 'rt', encoding=encoding, errors=errors, newline='')
+
+
+def mend(text):
+    """Text whose surrogates are the letters that their bytes are in Windows-1252."""
+    return SURROGATE.sub(lambda found: bytes([ord(found[0]) - 0xdc00]).decode('cp1252', 'replace'),
+                         text)
+
+
+def unquote(cell):
+    """A cell without quotes around it, as pandas and R write them into TSV."""
+    found = re.fullmatch('"((?:[^"]|"")*)"', cell)
+    return found[1].replace('""', '"') if found else cell
 
 
 def read_rows(path):
@@ -357,14 +373,16 @@ def read_rows(path):
             first = [header, *filter(str.strip, more)]
             delimiter = max('\t,;|', key=lambda sign: (min(line.count(sign) for line in first),
                                                        header.count(sign)))
-            quotes = delimiter in ',;'
+            quotes, atomic = delimiter in ',;', re.search(':(token|float)', header)
+            csv.field_size_limit(MAX_CELL)
             # strict: else a quote never closed would swallow the rows behind it unseen
             reader = csv.reader(itertools.chain([header], more, file), delimiter=delimiter,
                                 quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
                                 skipinitialspace=quotes, strict=True)
             for row in reader:
                 if row:
-                    yield row
+                    bare = quotes or atomic or '"' not in ''.join(row)
+                    yield row if bare else list(map(unquote, row))
                 line = reader.line_num
     except csv.Error as error:
         raise ValueError(f'{path}, line {line + 1}: {error}; quotes must be closed, and a quote '
@@ -422,7 +440,7 @@ def read_table(path, tell=True):
     if first is None:
         raise ValueError(f'{path}: empty; expected a header line and rows')
     kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
-    columns = [re.fullmatch(kinds, cell.strip(), re.S).groups('') for cell in first]
+    columns = [re.fullmatch(kinds, mend(cell).strip(), re.S).groups('') for cell in first]
     if find_column(columns, 'user_id') < 0 and find_column(columns, 'item_id') < 0:
         more = list(itertools.islice(rows, 4))
         if names := position_names([first, *more]):
@@ -443,7 +461,8 @@ def need_column(columns, name, path):
 def read_columns(rows, width, picked, path):
     """Codes (E,) and distinct strings of each picked column, in order of first appearance.
 
-    Rows of another width than the header's are dropped and counted. No Python code runs per
+    Rows of another width than the header's are dropped and counted, strings mended and counted, so
+    that two of them may be the same. No Python code runs per
     cell: a defaultdict whose default is its own length numbers new strings in C.
     """
     tables = [defaultdict() for _ in picked]
@@ -460,34 +479,31 @@ def read_columns(rows, width, picked, path):
         raise ValueError(f'{path}: no rows with the {width} fields of the header, {ragged} others')
     if ragged:
         note(f'{path}: {ragged} rows dropped, they have not the {width} fields of the header')
-    return [np.concatenate(out) for out in codes], [list(table) for table in tables]
-
-
-def count_bad_bytes(strings, path):
-    bad = sum('\ufffd' in string for string in strings)
-    if bad:
-        note(f'{path}: {bad} ids or texts hold bytes that are not UTF-8, shown as U+FFFD')
+    bad = [SURROGATE.search(string) is not None for table in tables for string in table]
+    if any(bad):
+        note(f'{path}: {sum(bad)} ids or texts hold bytes that are not UTF-8, read as Windows-1252')
+    return ([np.concatenate(out) for out in codes],
+            [list(map(mend, table)) if any(bad) else list(table) for table in tables])
 
 
 def without_blanks(codes, ids):
     """Codes (E,) and distinct ids, blanks around the ids gone: with them some may be the same."""
     bare = [name.strip() for name in ids]
-    if bare == ids:
-        return codes, ids
     place = {name: n for n, name in enumerate(dict.fromkeys(bare))}
+    if len(place) == len(ids):
+        return codes, bare
     return np.array([place[name] for name in bare], np.int32)[codes], list(place)
 
 
 def read_interactions(path, min_rating, tell=True):
-    """Positives: user and item codes (E,), the users' and items' ids, the rows in the file. tell:
-    say so where no rating tells positives from others."""
+    """Rows: user and item codes (E,), whether positive (E,), the users' and items' ids, the number
+    of rows in the file. tell: say so where no rating tells positives from others."""
     columns, rows = read_table(path)
     picked = [need_column(columns, name, path) for name in ('user_id', 'item_id')]
     rating = find_column(columns, 'rating')
     picked += [rating] if rating >= 0 else []
     codes, strings = read_columns(rows, len(columns), picked, path)
     codes[:2], strings[:2] = zip(*map(without_blanks, codes, strings[:2]))
-    count_bad_bytes(strings[0] + strings[1], path)
     whole = positive = np.ones(len(codes[0]), bool)
     for code, ids in zip(codes, strings[:2]):
         whole = whole & np.array([name != '' for name in ids])[code]
@@ -502,8 +518,8 @@ def read_interactions(path, min_rating, tell=True):
              'counts as positive')
     if not whole.all():
         note(f'{path}: {(~whole).sum()} rows dropped: no id, or a rating that is no number')
-    keep = whole & positive
-    return codes[0][keep], codes[1][keep], strings[0], strings[1], len(keep)
+    return (codes[0][whole], codes[1][whole], positive[whole], strings[0], strings[1],
+            len(whole))
 
 
 def is_text(kind, cells):
@@ -514,11 +530,12 @@ def is_text(kind, cells):
 
 
 def pick_text(columns, cells, text_columns, path):
-    """Indices of the text columns: those asked for by name, else every one but the id."""
+    """Indices of the text columns: those asked for by name, else the title, even if it is 1984,
+    and every other but the id and numbers."""
     if text_columns is None:
-        item_id = find_column(columns, 'item_id')
+        item_id, title = (find_column(columns, name) for name in ('item_id', 'title'))
         return [c for c, (_, kind) in enumerate(columns)
-                if c != item_id and is_text(kind, cells[c])]
+                if c != item_id and (c == title or is_text(kind, cells[c]))]
     return [need_column(columns, name, path) for name in text_columns]
 
 
@@ -544,9 +561,7 @@ def read_items(path, text_columns=None):
         cells = ([strings[c][code] for code in codes[c][rows]] for c in chosen)
         return [' '.join(' '.join(part for part in parts if part.lower() not in NO_TEXT).split())
                 for parts in zip(*cells)]
-    texts = joined(picked)
-    count_bad_bytes(texts, path)
-    return strings[item_id], texts, joined([title])
+    return strings[item_id], joined(picked), joined([title])
 
 
 def pick_file(paths, usual, expected):
@@ -602,6 +617,18 @@ def renumber(codes):
     return (np.cumsum(used) - 1)[codes], np.flatnonzero(used)
 
 
+def restricted(users, items, old_users, old_items):
+    """csr (U, I) float32 of the pairs (E,) whose user and item renumber() kept."""
+    def new(codes, old):
+        place = np.full(1 + max(codes.max(initial=0), old.max()), -1)
+        place[old] = np.arange(len(old))
+        return place[codes]
+    users, items = new(users, old_users), new(items, old_items)
+    both = (users >= 0) & (items >= 0)
+    return sp.csr_matrix((np.ones(both.sum(), np.float32), (users[both], items[both])),
+                         (len(old_users), len(old_items)))
+
+
 def check_sizes(dataset, found):
     if found != SIZES[dataset]:
         note('{}: {:,} users, {:,} items, {:,} interactions after filtering; the table says '
@@ -615,8 +642,9 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
     min_rating: lower ones go. core: users and items with fewer interactions go; 0 or 1: none.
     text_columns: names of the item file's columns to join to a text; None takes title, brand
     and categories of the Amazon sets, every text column of other data.
-    Returns interactions (csr U x I, float32 ones), texts [I], titles [I], and the ids of
-    users [U] and items [I] as strings. ValueError or OSError, one line each.
+    Returns interactions (csr U x I, float32 ones), texts [I], titles [I], the ids of users [U] and
+    items [I] as strings, and low (csr U x I): what these users rated lower, which no model sees,
+    but nobody should be recommended. ValueError or OSError, one line each.
     """
     if dataset not in FOLDERS and not os.path.isdir(dataset):
         raise ValueError(f'{dataset}: neither a folder nor one of {listed(FOLDERS)}')
@@ -624,24 +652,27 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
     inter, item = own_files(dataset) if own else dataset_files(dataset, folder)
     if dataset in ZIPS and text_columns is None:
         text_columns = AMAZON_TEXT
-    users, items, user_ids, item_ids, n_rows = read_interactions(inter, min_rating, own)
+    users, items, positive, user_ids, item_ids, n_rows = read_interactions(inter, min_rating, own)
     ids, texts, titles = read_items(item, text_columns)
     place = {name: n for n, name in enumerate(ids)}
     items = np.array([place.get(name, -1) for name in item_ids])[items]
-    known = items >= 0
-    if len(known) and not known.any():
+    there = items >= 0
+    if there.size and not there.any():
         raise ValueError(f'{inter}: none of its items is in {item}; the ids here are such as '
                          f'{listed(item_ids[:3])}, there {listed(ids[:3])}')
+    known, low = there & positive, there & ~positive
+    low = users[low], items[low]
     pairs = np.sort(users[known] * np.int64(len(texts)) + items[known])
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]     # np.unique, by hashing, is 50 times slower
     kept = pairs[k_core(*np.divmod(pairs, len(texts)), core)]
-    told = (f'{n_rows:,} rows: {len(known):,} positive, {known.sum():,} of them with items of the '
-            f'item file, {len(pairs):,} distinct, {len(kept):,} in the {core}-core')
+    told = (f'{n_rows:,} rows: {positive.sum():,} positive, {known.sum():,} of them with items of '
+            f'the item file, {len(pairs):,} distinct, {len(kept):,} in the {core}-core')
     if not len(kept):
         raise ValueError(f'{inter}: nothing left of {told}; lower min_rating or core')
     users, old_users = renumber(kept // len(texts))
     items, old_items = renumber(kept % len(texts))
     interactions = sp.csr_matrix((np.ones(len(kept), np.float32), (users, items)))   # U x I
+    low = restricted(*low, old_users, old_items)                                     # U x I
     if own and len(kept) < n_rows:
         note(f'{dataset}: {told}')
     if not own and (min_rating, core) == (MIN_RATING, CORE):
@@ -654,7 +685,7 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
     if blank := texts.count(''):
         note(f'{blank} items without text')
     return (interactions, texts, [titles[row] for row in old_items],
-            [user_ids[code] for code in old_users], [ids[row] for row in old_items])
+            [user_ids[code] for code in old_users], [ids[row] for row in old_items], low)
 
 
 def split(interactions, rng):

@@ -27,6 +27,7 @@ import functools
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -497,7 +498,9 @@ def settings_of(folder):
                         sizes['max_position_embeddings'] - PAD - 1))
         on = [key for key, on in pooling.items() if 'pooling_mode_' in key and on is True]
         mode = pooling.get('pooling_mode') or on     # by name, or older: a switch for each
-    except (ValueError, TypeError, AttributeError) as error:
+        if not min(sizes.values()) > 0:
+            raise ValueError(f'not above 0: one of {sizes}')
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder}: one of {', '.join(CONFIGS)} is damaged ({error})") from None
     further = [path.parent.name for path in Path(folder).glob('[2-9]_*/config.json')
                if 'Normalize' not in path.parent.name]
@@ -779,7 +782,8 @@ def from_file(path, n_items, ids):
             data = {'vectors': data['vectors'], 'ids': data['ids']}
         else:
             data = {'vectors': data}
-    except (ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile,
+    except (ValueError, KeyError, EOFError, TypeError, IndexError, RuntimeError, zlib.error,
+            lzma.LZMAError, zipfile.BadZipFile,            # numpy's and zipfile's are many
             tokenize.TokenError) as error:                 # of a header as Python 2 wrote it
         raise ValueError(f'{path}: not a plain .npy, or .npz with the arrays ids and vectors, of '
                          f'numbers and strings ({error})') from None
@@ -808,10 +812,10 @@ def asked_pause(header):
 
 
 def hide(key, text):
-    """Text on one bounded line; a key in it, even if escaped for JSON, is blotted out."""
+    """Text on one bounded line; a key in it, even if escaped for JSON or a URL, is blotted out."""
     if key:
-        text = re.sub(''.join(fr'(?:\\?{re.escape(char)}|\\u{ord(char):04x})' for char in key),
-                      '***', text, flags=re.IGNORECASE)
+        text = re.sub(''.join(fr'(?:\\?{re.escape(char)}|\\u{ord(char):04x}|%{ord(char):02x})'
+                              for char in key), '***', text, flags=re.IGNORECASE)
     return ''.join(char for char in ' '.join(text.split())[:300] if char.isprintable())
 
 
@@ -829,7 +833,8 @@ def read_answer(body, n_texts, width):
         if vectors.ndim != 2 or not vectors.size:
             raise ValueError('expected lists of numbers')
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise OSError(f'not {n_texts} embeddings ({error!r})') from None
+        said = body[:200].decode(errors='replace')
+        raise OSError(f'not {n_texts} embeddings ({error!r}): {said}') from None
     if not (np.abs(vectors) <= np.finfo(np.float32).max).all():
         raise ValueError('the endpoint answers with NaN or infinity; expected finite numbers')
     if vectors.shape[1] != (width or vectors.shape[1]):
@@ -839,7 +844,7 @@ def read_answer(body, n_texts, width):
 
 
 def ask(session, url, key, body, width):
-    """(B, N) float32 of body['input'] from an endpoint: patient, though not for ever."""
+    """(B, N) float32 of body['input'] from an endpoint: ATTEMPTS times, TIMEOUT between bytes."""
     for attempt in range(ATTEMPTS):
         try:                           # a redirect could carry texts and key to another host
             answer = session.post(url, json=body, timeout=TIMEOUT, allow_redirects=False)

@@ -239,12 +239,14 @@ def read_run(folder):
     with open(os.path.join(folder, 'run.json'), encoding='utf8') as file:
         try:
             run = json.load(file)
-            if set(run['settings']) - {'endpoint'} != KEPT or not (isinstance(run['users'], list)
-                                                    and isinstance(run['items'], list)):
+            kinds = {'settings': dict, 'users': list, 'items': list}
+            if (not all(isinstance(run[name], kind) for name, kind in kinds.items())
+                    or set(run['settings']) - {'endpoint'} != KEPT):
                 raise ValueError('other settings than this version has')
             return run | {'best epoch': int(run['best epoch']), 'K': int(run['K']),
                           'parameters': int(run['parameters']), 'split': str(run['split'])}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+                RecursionError) as error:
             raise ValueError(f'{folder}/run.json is not of a saved run ({error!r})') from None
 
 
@@ -272,9 +274,8 @@ def load_run(folder, split, names):
 def check_folder(folder):
     """OSError or ValueError now, not after the training, where a run could not be saved."""
     if os.path.exists(folder):
-        others = set(os.listdir(folder)) - {*TABLES, 'run.json', 'recommendations.tsv',
-                                            'recommendations.tsv.part'}
-        if others:
+        ours = f'{"|".join(TABLES)}|run.json|recommendations.tsv(.*.part)?'
+        if not all(re.fullmatch(ours, name) for name in os.listdir(folder)):
             raise ValueError(f'{folder} holds other files than a saved run: choose another --save')
     parent = os.path.dirname(os.path.realpath(folder))
     if os.path.ismount(folder):
@@ -289,19 +290,21 @@ def check_folder(folder):
 def write_recommendations(folder, recommended, names, titles):
     """recommendations.tsv: a line for each user and rank, best first; written beside, renamed."""
     path = os.path.join(folder, 'recommendations.tsv')
+    part = f'{path}.{os.getpid()}.part'              # its own, where two --load write here at once
     blanks = str.maketrans('\t\r\n', '   ')
-    with open(path + '.part', 'w', encoding='utf8') as file:
+    with open(part, 'w', encoding='utf8') as file:
         file.write('user_id\trank\titem_id\tscore\ttitle\n')
         for user, row, scores in zip(names[0], *recommended):
             for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
                 cells = user, rank, names[1][i], f'{score:.6g}', titles[i]
                 file.write('\t'.join(str(cell).translate(blanks) for cell in cells) + '\n')
-    os.replace(path + '.part', path)
+    os.replace(part, path)
 
 
 def save_run(folder, run, tables, recommended, titles):
     """Write a run: users.npy (U, K), items.npy (I, K), run.json (settings, scores, the ids in the
-    order of the rows), recommendations.tsv. All of it stands in `folder`, or what stood before."""
+    order of the rows), recommendations.tsv. All of it stands in `folder`, or what stood before;
+    killed between the two renames, both stand in a .part-* beside it."""
     folder = os.path.realpath(folder)                      # of a link what it leads to
     part = tempfile.mkdtemp(prefix='.part-', dir=os.path.dirname(folder))
     new, old = os.path.join(part, 'new'), os.path.join(part, 'old')
@@ -525,6 +528,9 @@ def parse(argv=None):
     p = parser()
     argv = sys.argv[1:] if argv is None else argv
     args, usual = p.parse_args(argv), vars(p.parse_args([]))
+    for name in ('save', 'load', 'results'):
+        if getattr(args, name) == '':                  # as of a variable that is not set
+            p.error(f'--{name}: expected a path, not nothing')
     if args.load:
         said = {word.partition('=')[0] for word in argv}
         given = [name for name in sorted({*KEPT, 'seeds', 'results'} - {'dataset'})
@@ -542,7 +548,7 @@ def parse(argv=None):
     for cell in cells:                 # a word of a list that is wrong shows before the others run
         if cell.dataset not in DATASETS and not os.path.isdir(cell.dataset):
             p.error(f'{cell.dataset}: neither a folder nor one of {", ".join(DATASETS)}')
-        if not (re.fullmatch('mpnet|tfidf|openai:.+', cell.encoder)
+        if not (args.load or re.fullmatch('mpnet|tfidf|openai:.+', cell.encoder)
                 or os.path.exists(os.path.expanduser(cell.encoder))):
             p.error(f'{cell.encoder}: no such file or folder, nor mpnet, tfidf or openai:MODEL')
     if len(cells) > 1 and (args.save or args.load):
@@ -676,7 +682,7 @@ def main(argv=None):
     be_quiet(rank)
     for args, log, header in pending(cells, models.agree):
         started, rng = time.time(), np.random.default_rng(args.seed)
-        pairs, texts, titles, *names = load(                                 # csr (U, I), I texts
+        pairs, texts, titles, *names, low = load(                            # csr (U, I), I texts
             args.dataset, args.data, min_rating=args.min_rating, core=args.core,
             text_columns=args.text_columns and args.text_columns.split(','))
         train, valid, test = split = data.split(pairs, rng)                  # csr (U, I) each
@@ -712,7 +718,7 @@ def main(argv=None):
                    result(args, scores, facts, train, test, curve, device))
         if args.save or args.load:
             tables = [models.gathered(table).cpu().numpy() for table in (users, items)]
-            best = models.recommend(users, items, pairs, args.top)           # (U, top) twice
+            best = models.recommend(users, items, pairs + low, args.top)     # (U, top) twice
             keep(args, scores, split, facts, names, tables, best, titles, rank)
     models.leave()
 

@@ -261,6 +261,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def edit_run(folder, name, value):
+    """One entry of a saved run's run.json is another."""
+    run = json.loads((folder / 'run.json').read_text()) | {name: value}
+    (folder / 'run.json').write_text(json.dumps(run))
+
+
 def write_planted(folder, extra_item_columns=''):
     """A folder of the user's own, with titles that tell the tastes."""
     pairs = planted()
@@ -387,6 +393,34 @@ def test_a_saved_run_scores_and_recommends_again_without_training(tmp_path, caps
     assert (saved / 'users.npy').read_bytes() != files['users.npy']    # replaced by a later run
 
 
+def test_a_saved_run_needs_its_vectors_no_more_and_no_path_is_empty(tmp_path, capsys):
+    own, saved, vectors = write_planted(tmp_path / 'own'), tmp_path / 'saved', tmp_path / 'v.npy'
+    np.save(vectors, np.random.default_rng(0).normal(size=(60, 8)))
+    given = ['--dataset', own, '--encoder', vectors, '--dim', 4, '--epochs', 1, '--save', saved]
+    assert llminit.command(list(map(str, given))) == 0
+    vectors.unlink()
+    assert llminit.command(['--load', str(saved)]) == 0
+    for flag in ('--save', '--load', '--results'):
+        with pytest.raises(SystemExit):
+            llminit.command([flag, ''])
+        assert f'{flag}: expected a path' in capsys.readouterr().err
+
+
+def test_what_a_user_rated_low_is_not_recommended(tmp_path, capsys):
+    own, saved = write_planted(tmp_path / 'own'), tmp_path / 'saved'
+    item = f'i{planted()[0].toarray().argmin()}'                       # one that u0 has not
+    given = ['--dataset', own, '--strategy', 'none', '--dim', 4, '--epochs', 1, '--top', 60]
+
+    def told():
+        assert llminit.command(list(map(str, [*given, '--save', saved]))) == 0
+        rows = (saved / 'recommendations.tsv').read_text().splitlines()
+        return {(user, item) for user, _, item, *_ in (row.split('\t') for row in rows[1:])}
+    before = told()
+    with open(own / 'interactions.csv', 'a') as file:
+        file.write(f'u0,{item},1\n')
+    assert before - told() == {('u0', item)}
+
+
 def test_a_saved_run_refuses_other_settings_and_changed_data(tmp_path, capsys):
     own, saved = write_planted(tmp_path / 'own'), str(tmp_path / 'saved')
     given = ['--dataset', str(own), '--strategy', 'none', '--dim', '4', '--epochs', '1']
@@ -421,6 +455,9 @@ def test_a_saved_run_refuses_other_settings_and_changed_data(tmp_path, capsys):
      'users.npy is damaged'),
     (lambda saved: (saved.parent / 'own' / 'items.csv').write_text('item_id,title\ni1,a\ni2,b\n'),
      'nothing left'),
+    (lambda saved: edit_run(saved, 'best epoch', math.inf), 'is not of a saved run'),
+    (lambda saved: edit_run(saved, 'settings', [1]), 'is not of a saved run'),
+    (lambda saved: (saved / 'run.json').write_text('[' * 100_000), 'is not of a saved run'),
 ])
 def test_a_damaged_or_foreign_run_is_one_line(tmp_path, capsys, damage, message):
     own, saved = write_planted(tmp_path / 'own'), tmp_path / 'saved'
@@ -451,7 +488,7 @@ def test_a_run_is_saved_here_through_a_link_and_moves_with_its_data(tmp_path, ca
     given = ['--dataset', str(own), '--strategy', 'none', '--dim', '4', '--epochs', '1', '--save']
     real.mkdir()
     link.symlink_to(real)
-    (real / 'recommendations.tsv.part').write_text('of a killed run')
+    (real / 'recommendations.tsv.9.part').write_text('of a killed run')
     assert llminit.command([*given, str(link)]) == 0
     assert link.is_symlink() and set(os.listdir(real)) >= {'run.json', *llminit.TABLES}
     monkeypatch.chdir(real)
@@ -1203,7 +1240,7 @@ def folder(tmp_path):
 
 def edges(loaded):
     """{(user id, item id)} of what load returned."""
-    matrix, _, _, users, items = loaded
+    matrix, _, _, users, items, _ = loaded
     assert matrix.has_sorted_indices and matrix.dtype == np.float32 and (matrix.data == 1).all()
     return {(users[u], items[i]) for u, i in zip(*matrix.nonzero())}
 
@@ -1270,10 +1307,10 @@ def test_filters_on_a_hand_made_example(folder, capsys):
                  'u2\ta\t5\t1\nu2\tb\t3\t1\nu4\tc\t5\t1\nu4\td\t5\t1\n',
                  x__item=ITEM + 'c\tSea\tC\na\tApple "A"\tAcme\nz\tNever\tZ\nb\tBall\t\n')
     loaded = data.load(own, core=2)
-    matrix, texts, titles, users, items = loaded
+    matrix, texts, titles, users, items, low = loaded
     assert users == ['u3', 'u1']                       # first appearance
     assert items == ['a', 'b']                         # order of the item file
-    assert matrix.toarray().tolist() == [[1, 1], [1, 1]]
+    assert matrix.toarray().tolist() == [[1, 1], [1, 1]] and low.toarray().tolist() == [[0, 0]] * 2
     assert texts == ['Apple "A" Acme', 'Ball'] and titles == ['Apple "A"', 'Ball']
     said = capsys.readouterr()
     assert said.out == '' and said.err == (
@@ -1282,6 +1319,8 @@ def test_filters_on_a_hand_made_example(folder, capsys):
         'note: 2 users with fewer than 3 interactions: with 2 they train and test, with 1 they '
         'only train\n')
     assert data.load(own, core=1)[4] == data.load(own, core=0)[4] == ['c', 'a', 'b']
+    *_, users, items, low = data.load(own, core=1)
+    assert [(users[u], items[i]) for u, i in zip(*low.nonzero())] == [('u2', 'b')]
     assert edges(data.load(own, core=1, min_rating=5)) == {('u3', 'b'), ('u1', 'a'), ('u2', 'a'),
                                                            ('u4', 'c')}
 
@@ -1310,7 +1349,7 @@ def test_items_without_text_and_repeated_items(folder, capsys):
 def test_text_columns(folder):
     own = folder(i__csv='user_id,item_id\na,1\n', items__csv='item_id,price,info,name,year:token\n'
                  '1,9.5,big  and\tred,Ball,1999\n')
-    _, texts, titles, _, _ = data.load(own, core=1)
+    _, texts, titles, *_ = data.load(own, core=1)
     assert texts == ['big and red Ball 1999'] and titles == ['Ball']     # price: numbers only
     assert data.load(own, core=1, text_columns=['name', 'price'])[1] == ['Ball 9.5']
     fails('no column colour; found item_id, price', own, core=1, text_columns=['name', 'colour'])
@@ -1421,11 +1460,39 @@ def test_quotes_are_known_to_csv_only(folder):
     assert loaded[1] == ['"a ""b'] and loaded[3] == ['"a']
 
 
+def test_quotes_around_cells_are_taken_off_but_in_atomic_files(folder):
+    own = folder(x__tsv='"user_id"\t"item_id"\n"a"\t"1"\n',           # as R and pandas write them
+                 y__tsv='item_id\ttitle\n1\t"19"" tube"\n2\t"Tea" for "two"\n')
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('a', '1')} and loaded[1] == ['19" tube']
+    own = folder(x__inter=INTER + '"a"\t1\t5\t0\n', x__item=ITEM + '1\t"Tea"\t\n')
+    loaded = data.load(own, core=1)
+    assert edges(loaded) == {('"a"', '1')} and loaded[1] == ['"Tea"']
+
+
+def test_long_cells_and_titles_that_are_numbers_or_missing(folder, capsys):
+    own = folder(x__csv='user_id,item_id\na,1\na,2\n',
+                 y__csv=f'item_id,title,year,plot\n1,1984,1949,"{"long, " * 30_000}"\n2,,,\n')
+    _, texts, titles, *_ = data.load(own, core=1)
+    assert texts[0].startswith('1984 long, long') and len(texts[0]) > 2 ** 17 and not texts[1]
+    own = folder(x__csv='user_id,item_id\na,1\n', y__csv='item_id,title\n1,\n')
+    assert data.load(own, core=1)[1] == [''] and '1 items without text' in capsys.readouterr().err
+
+
+def test_windows_letters_are_read_and_keep_ids_apart(folder, capsys):
+    own = folder(x__csv='user_id,item_id\nann\xe9,th\xe8\nann\xe8,th\xe9\n'.encode('cp1252'),
+                 y__csv='item_id,Pr\xe9nom\nth\xe9,Th\xe9\nth\xe8,\x80 5\n'.encode('latin1'))
+    loaded = data.load(own, core=1, text_columns=['Pr\xe9nom'])
+    assert edges(loaded) == {('ann\xe9', 'th\xe8'), ('ann\xe8', 'th\xe9')}
+    assert loaded[1] == ['Th\xe9', '\u20ac 5']
+    assert '4 ids or texts hold bytes that are not UTF-8, read as W' in capsys.readouterr().err
+
+
 def test_ragged_rows_and_bad_bytes_are_counted(folder, capsys):
     own = folder(x__inter=INTER.encode() + b'a\t1\t5\t0\n\nb\t1\nc\t1\t5\t0\t0\nd\xff\t1\t5\t0',
                  x__item=ITEM + '1\ta\x00b\tc\n')
     loaded = data.load(own, core=1)
-    assert edges(loaded) == {('a', '1'), ('d\ufffd', '1')}
+    assert edges(loaded) == {('a', '1'), ('d\xff', '1')}
     said = capsys.readouterr().err
     assert '2 rows dropped' in said and '1 ids or texts hold bytes that are not UTF-8' in said
 
@@ -1572,7 +1639,7 @@ def complete(user='u', prefix='Amazon_Toys/Amazon_Toys'):
 
 def test_a_zip_is_fetched_once_unpacked_and_checked(server, tmp_path, capsys):
     server.files['Amazon_Toys_and_Games.zip'] = zipped(**complete())
-    matrix, texts, _, _, _ = data.load('toys', str(tmp_path / 'new' / 'data'))
+    matrix, texts, *_ = data.load('toys', str(tmp_path / 'new' / 'data'))
     assert matrix.shape == (5, 5) and texts[0] == 'T0 B0 C'
     assert capsys.readouterr().err == ('warning: toys: 5 users, 5 items, 25 interactions after '
                                        'filtering; the table says 11,268, 7,309, 95,420\n')
@@ -1741,7 +1808,7 @@ def test_the_raw_files_are_the_second_source(server, tmp_path, capsys):
              b"{'title': 0}"]
     server.files |= raw_files([b'{"reviewerID": "u9", "asin": "i7"}', b'{', b'[' * 99999, *REVIEWS,
                                raw_review('u0', 'i9'), raw_review('u1', 'i0', 'good')], items)
-    matrix, texts, titles, users, ids = data.load('toys', str(tmp_path / 'd'))
+    matrix, texts, titles, users, ids, _ = data.load('toys', str(tmp_path / 'd'))
     assert not evil.exists() and matrix.shape == (5, 5) and ids == ['i3', 'i1', 'i0', 'i2', 'i4']
     assert texts[0] == "Ball's \xe9 Toys, Balls & Co, Red" and users == [f'u{u}' for u in range(5)]
     said = capsys.readouterr().err
@@ -1797,7 +1864,7 @@ def test_ml_100k_comes_through_pip(tmp_path, monkeypatch):
 def test_sizes_of_the_real_sets(dataset, capsys):
     if not (SHARED / data.FOLDERS[dataset]).is_dir():
         pytest.skip(f'{SHARED / data.FOLDERS[dataset]} is not there')
-    matrix, texts, titles, users, items = data.load(dataset, str(SHARED))
+    matrix, texts, titles, users, items, low = data.load(dataset, str(SHARED))
     assert (*matrix.shape, matrix.nnz) == data.SIZES[dataset]
     assert matrix.shape == (len(users), len(items)) and len(texts) == len(titles) == len(items)
     assert len(set(users)) == len(users) and len(set(items)) == len(items) and all(texts)
@@ -2091,6 +2158,10 @@ def test_encode_errors(tmp_path):
     ('config.json', '{"hidden_size": 16', 'damaged'), ('config.json', '[]', 'damaged'),
     ('config.json', '{"hidden_size": "x"}', 'damaged'), ('vocab.txt', 'a\nb', 'lacks'),
     ('config.json', '{"hidden_size": 24, "num_attention_heads": 5}', 'fit'),
+    ('config.json', '{"num_attention_heads": 0}', 'damaged'),
+    ('config.json', '{"layer_norm_eps": "1e-5"}', 'damaged'),
+    ('config.json', '[' * 100_000, 'damaged'),
+    ('sentence_bert_config.json', '{"max_seq_length": -Infinity}', 'damaged'),
     ('config.json', '{"hidden_size": 24, "num_attention_heads": 3}', 'of these sizes'),
     ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'fit'),
     ('sentence_bert_config.json', '{"max_seq_length": "x"}', 'damaged'),
@@ -2274,6 +2345,8 @@ def test_retry_after():
     ([{'status': 401, 'body': json.dumps(KEY).replace('/', '\\/')}], '401 "[*]', 1),
     ([{'status': 307, 'headers': {'Location': 'http://localhost:1/'}}], ': 307', 1),
     ([BUSY] * 9, 'embeddings: 429 slow down', 3),
+    ([{'body': f'<html>out of {KEY.replace("/", "%2F")}</html>'}] * 3, 'not 3 .*<html>out of ..[*]',
+     3),
     ([{'status': 429, 'headers': {'Retry-After': '9000'}}], 'asks to wait 9000 s', 1),
     ([{}, {'rows': lambda rows: [row | {'embedding': [1, 2]} for row in rows]}],
      'with 2 numbers, before with 3', 2),
@@ -2364,7 +2437,17 @@ def test_npz(tmp_path):
     np.savez(path, ids=np.array(['7', None], object), vectors=vectors)
     one_line(ValueError, 'not a plain', texts, path, ids=texts)
     data = Path(path).read_bytes()
-    for damage in (b'', b'nonsense', data[:len(data) // 2]):
+    encrypted, unknown, packed = bytearray(data), bytearray(data), io.BytesIO()
+    at = data.index(b'PK\1\2')                                         # the central directory
+    encrypted[at + 8], unknown[at + 10] = 1, 77
+    with zipfile.ZipFile(packed, 'w', zipfile.ZIP_LZMA) as file:
+        file.writestr('vectors.npy', bytes(4000))
+    lzma, squeezed = bytearray(packed.getvalue()), io.BytesIO()
+    np.savez_compressed(squeezed, ids=np.arange(4), vectors=np.random.rand(4, 2))
+    deflated = bytearray(squeezed.getvalue())
+    for body in lzma, deflated:
+        body[60:90] = b'\xff' * 30
+    for damage in (b'', b'nonsense', data[:len(data) // 2], encrypted, unknown, lzma, deflated):
         Path(path).write_bytes(damage)
         one_line(ValueError, 'not a plain', texts, path, ids=texts)
 

@@ -137,12 +137,13 @@ def case(seed, place, sets):
     options = {'core': int(rng.integers(0, 4)), 'min_rating': float(rng.integers(0, 5)),
                'text_columns': columns}
     try:
-        matrix, texts, titles, users, items = load(place, kind, files, options)
+        matrix, texts, titles, users, items, low = load(place, kind, files, options)
     except (ValueError, OSError) as error:
         assert type(error) in (ValueError, OSError), f'{type(error).__name__}: {error}'
         assert str(error).isprintable() and len(str(error)) < 3000, 'an error of several lines'
         return False
-    assert matrix.shape == (len(users), len(items)) and len(items) == len(texts) == len(titles)
+    assert matrix.shape == low.shape == (len(users), len(items))
+    assert len(items) == len(texts) == len(titles)
     assert len(set(users)) == len(users) and len(set(items)) == len(items) and all(users + items)
     assert not any(set(text) & set('\n\r\t') for text in texts + titles)
     assert sum(part.nnz for part in data.split(matrix, rng)) == matrix.nnz
