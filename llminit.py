@@ -596,6 +596,12 @@ def time_left(cells, rows):
     return f'about {left:.0f} s left' if left < 120 else f'about {left / 60:.0f} min left'
 
 
+def called(args):
+    """A cell of a grid in a few words."""
+    return (f'{args.dataset} {args.model} {args.strategy} {args.encoder} K={args.dim} '
+            f'cold={args.cold:g} seed {args.seed}')
+
+
 def live(n, of, left, which, line):
     """What models.train says of an epoch, on one line of a terminal that stays; see pending()."""
     epoch = re.match(r'epoch +(\d+) .*best (\S+) at +(\d+)', line)
@@ -606,16 +612,24 @@ def live(n, of, left, which, line):
               flush=True)
 
 
+def unfinished(cells, path):
+    """The cells that the results file at path (None: there is none) does not hold, what it holds,
+    and the number of its damaged lines."""
+    rows, damaged = read_results(path) if path else ([], 0)
+    done = [(row['settings'], row.get('training')) for row in rows]
+    return [cell for cell in cells if whole_settings(cell) not in done], rows, damaged
+
+
 def pending(cells, agree):
-    """Yields (args, log, header) of the cells that their results file does not hold yet; of several
+    """Yields (args, log) of the cells that their results file does not hold yet; of several
     processes the first says which: agree(text, done), see models.agree.
 
-    log: what models.train says an epoch's line to; header: does the table begin here? A single
-    run says all its lines; of a grid a terminal shows one live line, a pipe a line a run.
+    log: what models.train says an epoch's line to. A single run says all its lines; of a grid a
+    terminal shows one live line, a pipe a line a run.
     """
     if cells[0].save:
         check_folder(cells[0].save)
-    path, began = cells[0].results, False
+    path = cells[0].results
     if path:                           # what cannot be written shows now, not after the training
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(path, 'a+b') as file:
@@ -623,29 +637,47 @@ def pending(cells, agree):
             if file.read(1) not in (b'', b'{', b'\n'):
                 raise ValueError(f'{path} is no results file: choose another --results')
     for n, args in enumerate(cells):
-        rows, damaged = read_results(path) if path else ([], 0)
+        left, rows, damaged = unfinished(cells[n:], path)
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
-        done = [(row['settings'], row.get('training')) for row in rows]
-        left = [cell for cell in cells[n:] if whole_settings(cell) not in done]
-        own = whole_settings(args)
-        if agree(lambda: json.dumps(own), own in done and not args.save):
+        done = not any(cell is args for cell in left) and not args.save
+        if agree(lambda: json.dumps(whole_settings(args)), done):
             if len(cells) == 1:
                 print(f'note: this run is in {path}', file=sys.stderr)
             continue
         if len(cells) == 1:
-            yield args, say, True
+            yield args, say
             continue
-        which = (f'{args.dataset} {args.model} {args.strategy} {args.encoder} K={args.dim} '
-                 f'cold={args.cold:g} seed {args.seed}')
         at = len(cells) - len(left) + 1, len(cells), time_left(left, rows)
         if not sys.stderr.isatty():
-            print('run {} of {}, {}: {}'.format(*at, which), file=sys.stderr)
-        yield args, functools.partial(live, *at, which), not began
-        began = True
+            print('run {} of {}, {}: {}'.format(*at, called(args)), file=sys.stderr)
+        yield args, functools.partial(live, *at, called(args))
     if len(cells) > 1:
-        clear = '\r\x1b[K' * sys.stderr.isatty()
-        print(f'{clear}{len(cells)} runs are in {path}', file=sys.stderr)
+        there = len(cells) - len(unfinished(cells, path)[0])
+        print('\r\x1b[K' * sys.stderr.isatty() + f'{there} runs are in {path}', file=sys.stderr)
+
+
+def complain(text, file):
+    """What ends the program, on a terminal in place of the live line."""
+    print('\r\x1b[K' * file.isatty() + f'llminit: {text}', file=file)
+
+
+def run_all(cells, agree, run):
+    """run(args, log, header) for each pending cell; header: does the table of rows begin here? A
+    cell that cannot run, as with a K too large, is named, and the others still run; ValueError
+    behind them all. Where there is one cell, or several processes, its own error ends it."""
+    header, failed = True, 0
+    for args, log in pending(cells, agree):
+        try:
+            run(args, log, header)
+            header = False
+        except ValueError as error:
+            if len(cells) == 1 or 'RANK' in os.environ:
+                raise
+            failed += 1
+            complain(f'error: {" ".join(str(error).split())} ({called(args)})', sys.stderr)
+    if failed:
+        raise ValueError(f'{failed} of {len(cells)} runs failed')
 
 
 def be_quiet(rank):
@@ -680,7 +712,8 @@ def main(argv=None):
     load, encode = once(data.load), once(embed.encode)
     rank, device = models.join(cells[0].device)
     be_quiet(rank)
-    for args, log, header in pending(cells, models.agree):
+
+    def run(args, log, header):
         started, rng = time.time(), np.random.default_rng(args.seed)
         pairs, texts, titles, *names, low = load(                            # csr (U, I), I texts
             args.dataset, args.data, min_rating=args.min_rating, core=args.core,
@@ -691,41 +724,35 @@ def main(argv=None):
         log(sizes(args.dataset, pairs, train, valid, test, models.agree))
         if args.load:
             *tables, facts = load_run(args.load, split, names)               # trained before
-            users, items = (torch.from_numpy(table[:, models.columns(facts['K'])]).to(device)
-                            for table in tables)
+            here = models.columns(facts['K'])
+            users, items = (torch.from_numpy(table[:, here]).to(device) for table in tables)
         else:
             if args.strategy == 'none':                                      # without any text
-                users0, items0 = (xavier(rng, n, K, models.start_columns(args.model, K))
-                                  for n in (U, I))
+                here = models.start_columns(args.model, K)
+                users0, items0 = xavier(rng, U, K, here), xavier(rng, I, K, here)
             else:
-                vectors = encode(texts, args.encoder, ids=names[1], cache=args.cache,
-                                 device=device)                              # (I, N)
-                items0 = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
-                                     popular=args.popular, degree=train.getnnz(axis=0))  # (I, K)
-                K = items0.shape[1]
-                items0 = items0[:, models.start_columns(args.model, K)]
+                vectors = encode(texts, args.encoder, ids=names[1], cache=args.cache, device=device)
+                whole = select_dims(vectors, K, args.strategy, rng, whiten=args.whiten,
+                                    popular=args.popular, degree=train.getnnz(axis=0))  # (I, K)
+                K = whole.shape[1]                                           # all N with full
+                items0 = whole[:, models.start_columns(args.model, K)]
                 users0 = pool_users(train, items0, args.pool)                # (U, K)
             users, items, curve = models.train(args.model, train, valid, users0, items0, rng,
                                                device=device, log=log, **training_settings(args))
             facts = {'best epoch': best_epoch(curve)['epoch'], 'K': models.width(items),
                      'parameters': (U + I) * K}
-        seen = train + valid if args.seen == 'mask' else None
-        scores = models.evaluate(users, items, test, seen)                   # (n,) each
+        scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
         facts['seconds'] = time.time() - started
         say(result_row(args, scores, facts, header))
         if args.results and not rank:
-            append(args.results,
-                   result(args, scores, facts, train, test, curve, device))
+            append(args.results, result(args, scores, facts, train, test, curve, device))
         if args.save or args.load:
             tables = [models.gathered(table).cpu().numpy() for table in (users, items)]
             best = models.recommend(users, items, pairs + low, args.top)     # (U, top) twice
             keep(args, scores, split, facts, names, tables, best, titles, rank)
+
+    run_all(cells, models.agree, run)
     models.leave()
-
-
-def complain(text, file):
-    """What ends the program, on a terminal in place of the live line."""
-    print('\r\x1b[K' * file.isatty() + f'llminit: {text}', file=file)
 
 
 def command(argv=None):

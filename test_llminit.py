@@ -1074,6 +1074,19 @@ def test_on_a_terminal_a_grid_has_one_live_line_that_an_error_replaces(tmp_path)
     assert live and len(live[0].removesuffix('\x1b[K')) < 80
     assert '; time left unknown; ' in live[0] and str(own)[:9] in live[0]
     assert any(line.startswith('\x1b[Kllminit: error: cannot keep 5000') for line in lines)
+    assert '\x1b[Kllminit: error: 1 of 2 runs failed' in out.decode()
+
+
+def test_a_cell_that_cannot_run_does_not_stop_the_others(tmp_path, capsys):
+    own, results = write_planted(tmp_path / 'own'), tmp_path / 'r.jsonl'
+    given = ['--dataset', own, '--encoder', 'tfidf', '--dim', '999,4,8', '--epochs', 1,
+             '--results', results]
+    assert llminit.command(list(map(str, given))) == 2
+    said = capsys.readouterr()
+    assert [line[:3] for line in said.out.splitlines()] == ['| d', '| -'] + ['| /'] * 2
+    told = [line for line in said.err.splitlines() if not line.startswith('run ')]
+    assert told[0].startswith('llminit: error: cannot keep 999') and 'K=999' in told[0]
+    assert told[1:] == [f'2 runs are in {results}', 'llminit: error: 1 of 3 runs failed']
 
 
 def test_equal_rows_have_p_1_and_other_users_none(tmp_path):
@@ -1175,6 +1188,36 @@ def test_the_report_leaves_damage_out_and_says_what_is_wrong(tmp_path):
     assert (tmp_path / 'r.jsonl').read_text().endswith(good[:-9])      # no figure over the results
     lines, code, _ = report('table', '--only', 'cold=0', 'strategy=var,none', tmp_path / 'r.jsonl')
     assert code == 0 and sum(line.startswith('| ') for line in lines) == 2 + 2
+
+
+def test_the_report_leaves_out_a_run_that_lacks_a_number(tmp_path):
+    ndcg, runs = np.where(np.arange(30) % 7 == 0, 1., 0), []
+    for n, (part, name) in enumerate([
+            ('test', 'Recall@10'), ('valid', 'NDCG@10'), ('spectrum', 'users'), ('', 'spectrum'),
+            ('', 'curve'), ('', 'seconds'), ('settings', 'seed'), ('settings', 'dataset')] * 2):
+        runs.append(fake_run('uni', n, ndcg))
+        (runs[n][part] if part else runs[n])[name] = None if n < 8 else {'x': 1}
+    lines = map(json.dumps, [fake_run('none', 0, ndcg), *runs, fake_run('var', 0, ndcg)])
+    (tmp_path / 'r.jsonl').write_bytes('\n'.join(lines).encode() + b'\n\xff\n')
+    for args in (['table', '--show', 'cost', 'valid', 'spectrum', 'activity'], ['time']):
+        lines, code, err = report(args[0], tmp_path / 'r.jsonl', *args[1:])
+        assert code == 0 and err.count('left out') == 17 and 'Traceback' not in err
+        assert not any('uni' in line for line in lines)
+
+
+def test_runs_with_other_training_or_seeds_are_told_apart(tmp_path):
+    ndcg = np.where(np.arange(30) % 7 == 0, 1., 0)
+    runs = [fake_run(strategy, seed, np.roll(ndcg, seed)) | {'training': {'batch': 256}}
+            for strategy, seed in (('none', 0), ('none', 1), ('var', 0))]
+    (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs)))
+    lines, _, _ = report('table', tmp_path / 'r.jsonl')
+    assert lines[0].endswith('where the seeds differ over those that both rows have')
+    runs[1]['training'] = {'batch': 7}
+    (tmp_path / 'r.jsonl').write_text('\n'.join(map(json.dumps, runs)))
+    lines, _, _ = report('table', tmp_path / 'r.jsonl')
+    assert any(line.startswith('| none batch=7 ') for line in lines)
+    lines, _, _ = report('table', tmp_path / 'r.jsonl', '--only', 'batch=256', '--only', 'seed=0')
+    assert len([line for line in lines if line.startswith('| ')]) == 4
 
 
 def test_an_endpoint_stands_there_where_an_encoder_has_several(tmp_path):
@@ -1557,7 +1600,7 @@ TEXT = 'item_id,title\n1,x\n'
     ('a.csv: none of its items is in',
      {'a__csv': IDS, 'b__csv': 'item_id,t\n2,x\n'}),
     ('a.csv, line 2: ', {'a__csv': 'user_id,item_id\n"a,1\nb,1\n', 'b__csv': TEXT}),
-    ('larger than field limit', {'a__csv': IDS, 'b__csv': TEXT + '2,' + 'x' * 200000}),
+    ('larger than field limit', {'a__csv': IDS, 'b__csv': TEXT + '2,' + 'x' * (data.MAX_CELL + 1)}),
     ('damaged gz', {'a__csv__gz': gzip.compress(IDS.encode() * 9)[:-9], 'b__csv': TEXT}),
 ])
 def test_errors_are_one_line(folder, message, files):

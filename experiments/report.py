@@ -6,9 +6,10 @@
     python experiments/report.py time RESULTS.jsonl                        # minutes
 
 Runs that differ in nothing but the seed are one row: mean +- standard deviation (n - 1) over the
-seeds. What all runs share stands above the table; a setting that only some rows have stands beside
-their strategy. One table for each protocol (--seen, --preset), datasets side by side as in Table 1
-of the paper, whose figures stand beside ours where the runs have its protocol.
+seeds; of parameters, epochs and spectra the mean, of seconds the median. What all runs share stands
+above the table; a setting that only some rows have stands beside their strategy. One table for each
+protocol (--seen, --preset), datasets side by side as in Table 1 of the paper, whose figures stand
+beside ours where the runs have its protocol.
 
 gain is the relative gain in NDCG@10 over the row of the same settings with strategy `none` (or
 --against), p a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean NDCG@10
@@ -42,21 +43,47 @@ COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56
 MARKERS, DASHES = 'osD^vPX', ('-', '--', '-.', ':')
 
 
-def read(paths):
-    """The runs of results files, [dict]; of runs with equal settings the last. dim is the K that a
-    run has, also where its strategy keeps all dimensions."""
+def check(run):
+    """ValueError, KeyError or TypeError where a run lacks what a table or figure may show."""
+    if missing := NEEDED - {*run, *run['settings']}:
+        raise ValueError(f'no {", ".join(sorted(missing))}')
+    numbers = [run['seconds'], run['parameters'], run['best epoch'], run['settings']['seed']]
+    numbers += [run[part][name] for part in ('test', 'valid') for name in METRICS]
+    numbers += [run['spectrum'][one][what] for one in ('users', 'items')
+                for what in ('abundance', 'effective rank')]
+    numbers += [ndcg for _, ndcg, _ in run['curve']]
+    numbers += [part['NDCG@10'] for part in run['by training interactions, from'].values()]
+    sum(numbers)
+    ''.join([run['paper'], *(run['settings'][name] for name in ('dataset', *PROTOCOL))])
+
+
+def tell_training(runs):
+    """Makes settings of what runs of one model and preset were trained with differently."""
+    found = defaultdict(set)
+    for run in runs:
+        for name, value in run.get('training', {}).items():
+            found[run['settings']['model'], run['settings']['preset'], name].add(value)
+    for name in {name for (_, _, name), values in found.items() if len(values) > 1}:
+        for run in runs:
+            run['settings'][name] = run.get('training', {}).get(name)
+
+
+def read(paths, every=False):
+    """The runs of results files, [dict]; of runs with equal settings the last, or every one. dim is
+    the K that a run has, also where its strategy keeps all dimensions."""
     runs = {}
     for path in paths:
-        with open(path, encoding='utf8') as file:
+        with open(path, encoding='utf8', errors='replace') as file:
             for number, line in enumerate(file, 1):
                 try:
                     run = json.loads(line)
                     run['ndcg'] = users_ndcg(run)
-                    if missing := NEEDED - {*run, *run['settings']}:
-                        raise ValueError(f'no {", ".join(sorted(missing))}')
-                    runs[json.dumps(run['settings'], sort_keys=True)] = run
+                    check(run)
+                    key = json.dumps([run['settings'], run.get('training')], sort_keys=True)
+                    runs[key, every and (path, number)] = run
                     run['settings']['dim'] = run['K']
-                except (ValueError, KeyError, TypeError, zlib.error) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
+                        zlib.error) as error:
                     print(f'note: {path} line {number} left out ({error!r})', file=sys.stderr)
     if not runs:
         raise ValueError(f'no runs in {", ".join(paths)}')
@@ -65,6 +92,7 @@ def read(paths):
     if len(asked) == len({encoder for encoder, _ in asked}):           # the encoder says it all
         for one in settings:
             one.pop('endpoint', None)
+    tell_training(runs.values())
     return list(runs.values())
 
 
@@ -112,8 +140,9 @@ def same_users(run, other):
 
 def compare(rows, against):
     """{(row, dataset): (gain, p)} over the row of strategy `against` with the same settings, p by
-    Holm's method for all of them; nothing where no seed has the same test split in both."""
-    base, out = {}, {}
+    Holm's method for all of them; nothing where no seed has the same test split in both. And
+    whether a gain is over fewer seeds than one of its rows has."""
+    base, out, fewer = {}, {}, False
     for key, datasets in rows.items():
         if dict(key)['strategy'] == against:
             if base.setdefault(freeze(dict(key), OF_STRATEGY), datasets) is not datasets:
@@ -127,18 +156,22 @@ def compare(rows, against):
                 run, other.get(name, {}).get(seed))]
             if not seeds or runs is other[name]:
                 continue
+            if len({len(runs[seed]['ndcg']) for seed in seeds}) > 1:
+                raise ValueError(f'{name}: the number of users differs between seeds')
+            fewer |= len(seeds) < max(len(runs), len(other[name]))
             mine, theirs = (np.mean([some[seed]['ndcg'] for seed in seeds], axis=0)
                             for some in (runs, other[name]))
-            same = np.array_equal(mine, theirs)            # where the t-test gives NaN
+            if np.array_equal(mine, theirs):               # where the t-test gives NaN
+                out[key, name] = 0., 1.
+                continue
             gain = mine.mean() / theirs.mean() - 1 if theirs.any() else np.inf
-            out[key, name] = (gain,
-                              1. if same else scipy.stats.ttest_rel(mine, theirs).pvalue)
+            out[key, name] = gain, scipy.stats.ttest_rel(mine, theirs).pvalue
     smallest = sorted(out, key=lambda where: out[where][1])
     worst = 0.
     for n, where in enumerate(smallest):                   # Holm: the smallest times their number
         worst = max(worst, min(1., out[where][1] * (len(out) - n)))
         out[where] = out[where][0], worst
-    return out
+    return out, fewer
 
 
 def extra_columns(runs, show):
@@ -152,7 +185,7 @@ def extra_columns(runs, show):
     if 'cost' in show:
         out |= {'parameters': mean(lambda run: run['parameters']),
                 'best epoch': mean(lambda run: run['best epoch']),
-                'seconds': mean(lambda run: run['seconds'])}
+                'seconds': f'{np.median([run["seconds"] for run in runs]):,.0f}'}
     if 'spectrum' in show:
         out |= {f'{what} of {table}': mean(lambda run: run['spectrum'][table][what], 1)
                 for what in ('abundance', 'effective rank') for table in ('users', 'items')}
@@ -176,7 +209,7 @@ def cells_of(runs, gain, gained, paper, show):
 def table(runs, against, show):
     """Yields the lines of a Markdown table of runs that share a protocol."""
     rows = group(runs)
-    gains = compare(rows, against)
+    gains, fewer = compare(rows, against)
     names = sorted({name for key in rows for name, _ in key if name not in APART},
                    key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     differ = [name for name in names if len({dict(key).get(name) for key in rows}) > 1]
@@ -189,6 +222,8 @@ def table(runs, against, show):
     shared += [f'{name} {value} unless said' for name, value in usual.items()]
     told = (f'; gain over {against}, p by paired t-test over users, Holm over {len(gains)} '
             'comparisons')
+    if fewer:
+        told += '; where the seeds differ over those that both rows have'
     yield ', '.join(shared) + told * bool(gains)
     yield ''
     datasets = list(dict.fromkeys(run['settings']['dataset'] for run in runs))
@@ -196,8 +231,9 @@ def table(runs, against, show):
     gained = ('gain', 'p') if gains else ()
     lines = [(dict(key), {name: cells_of(found[name], gains.get((key, name)), gained, paper, show)
                           for name in datasets if found.get(name)}) for key, found in rows.items()]
-    columns = [(name, column) for name in datasets for column in dict.fromkeys(
-        column for _, cells in lines for column in cells.get(name, ()))]
+    columns = [(name, column) for name in datasets for column in sorted(
+        dict.fromkeys(column for _, cells in lines for column in cells.get(name, ())),
+        key=lambda column: int(column.removeprefix('from ')) if column[:5] == 'from ' else 0)]
     many = len(datasets) > 1
     head = columns_of + [f'{name} {column}' if many else column for name, column in columns]
     yield f'{"" if many else datasets[0]}\n\n'.lstrip('\n') + f'| {" | ".join(head)} |'
@@ -228,7 +264,8 @@ def times(runs):
 def curves(runs, x):
     """{(dataset, label): {x: [run]}} for a figure: a line for each set of settings but x."""
     settings = [run['settings'] for run in runs]
-    names = [name for name in settings[0] if name not in (x, 'dataset', 'seed')
+    names = [name for name in dict.fromkeys(name for one in settings for name in one)
+             if name not in (x, 'dataset', 'seed')
              and len({str(one.get(name)) for one in settings}) > 1]
     usual = {name: Counter(str(one.get(name)) for one in settings).most_common(1)[0][0]
              for name in names}
@@ -339,7 +376,7 @@ def arguments(argv):
     three = commands.add_parser('time', help='minutes that the runs took')
     for sub in (one, two, three):
         sub.add_argument('results', nargs='*', help='default: results.jsonl')
-        sub.add_argument('--only', nargs='+', default=[], metavar='NAME=VALUE',
+        sub.add_argument('--only', nargs='+', action='extend', default=[], metavar='NAME=VALUE',
                          help='settings that a run must have, such as model=sgl strategy=none,var')
     return p.parse_args(argv)
 
@@ -356,8 +393,9 @@ def chosen(runs, only):
     """The runs whose settings have one of the given values."""
     for condition in only:
         name, _, values = condition.partition('=')
-        if name not in runs[0]['settings']:
-            raise ValueError(f'{name} is no setting: {", ".join(runs[0]["settings"])}')
+        known = dict.fromkeys(setting for run in runs for setting in run['settings'])
+        if name not in known:
+            raise ValueError(f'{name} is no setting: {", ".join(known)}')
         runs = [run for run in runs
                 if any(equals(run['settings'].get(name), word) for word in values.split(','))]
         if not runs:
@@ -372,7 +410,8 @@ def main(argv=None):
             raise ValueError(f'{args.file}: expected FILE.png, then the results files')
         # a file behind --only is no condition
         files = args.results + [word for word in args.only if '=' not in word]
-        runs = chosen(read(files or ['results.jsonl']), [word for word in args.only if '=' in word])
+        runs = chosen(read(files or ['results.jsonl'], every=args.command == 'time'),
+                      [word for word in args.only if '=' in word])
         if args.command == 'plot':
             plot(runs, args.x, args.file)
             return
