@@ -798,7 +798,8 @@ def from_file(path, n_items, ids):
     if len(vectors) != n_items:
         raise ValueError(f'{path}: {len(vectors)} rows for {n_items} items; an .npz with ids and '
                          'vectors is aligned by id')
-    return vectors.astype(np.float32)
+    with np.errstate(over='ignore'):                 # encode says which are infinite then
+        return vectors.astype(np.float32)
 
 
 def asked_pause(header):

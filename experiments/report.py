@@ -274,7 +274,7 @@ def curves(runs, x):
         one = run['settings']
         told = [f'{one.get(name)}' if name in ('model', 'strategy', 'encoder') else
                 f'{name} {one.get(name)}' for name in sorted(names, key=lambda n: n not in ORDER)
-                if name in ORDER or str(one.get(name)) != usual[name]]
+                if name in ORDER + PROTOCOL or str(one.get(name)) != usual[name]]
         out[one['dataset'], ' '.join(told) or one['strategy']][one.get(x)].append(run)
     return out
 
