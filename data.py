@@ -90,7 +90,8 @@ ALIASES = {'user_id': ('reviewer_id', 'customer_id', 'user'),         # [ours: w
            'title': ('movie_title', 'book_title', 'product_name', 'name')}
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
 NO_TEXT = {'nan', 'null', 'none'}                  # [ours: likewise; NA may be a brand]
-SURROGATE = re.compile('[\udc80-\udcff]')          # what is not UTF-8, see open_text
+WINDOWS = {0xdc00 + byte: chr(byte) if byte in b'\x81\x8d\x8f\x90\x9d' else    # open_text's
+           bytes([byte]).decode('cp1252') for byte in range(128, 256)}         # surrogates
 
 
 def note(text, kind='note'):
@@ -338,19 +339,13 @@ def dataset_files(dataset, folder):
 
 def open_text(path):
     """A text file, plain or gz, UTF-8 or by its mark UTF-16; bytes that are not UTF-8 become lone
-    surrogates, for mend()."""
+    surrogates, which WINDOWS translates."""
     with open(path, 'rb') as file:
         opener = gzip.open if file.read(2) == b'\x1f\x8b' else open
     with opener(path, 'rb') as file:
         wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding, errors = ('utf-16', 'replace') if wide else ('utf-8-sig', 'surrogateescape')
     return opener(path, 'rt', encoding=encoding, errors=errors, newline='')
-
-
-def mend(text):
-    """Text whose surrogates are the letters that their bytes are in Windows-1252."""
-    return SURROGATE.sub(lambda found: bytes([ord(found[0]) - 0xdc00]).decode('cp1252', 'replace'),
-                         text)
 
 
 def unquote(cell):
@@ -440,7 +435,8 @@ def read_table(path, tell=True):
     if first is None:
         raise ValueError(f'{path}: empty; expected a header line and rows')
     kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
-    columns = [re.fullmatch(kinds, mend(cell).strip(), re.S).groups('') for cell in first]
+    columns = [re.fullmatch(kinds, cell.strip(), re.S).groups('')
+               for cell in (cell.translate(WINDOWS) for cell in first)]
     if find_column(columns, 'user_id') < 0 and find_column(columns, 'item_id') < 0:
         more = list(itertools.islice(rows, 4))
         if names := position_names([first, *more]):
@@ -461,9 +457,9 @@ def need_column(columns, name, path):
 def read_columns(rows, width, picked, path):
     """Codes (E,) and distinct strings of each picked column, in order of first appearance.
 
-    Rows of another width than the header's are dropped and counted, strings mended and counted, so
-    that two of them may be the same. No Python code runs per
-    cell: a defaultdict whose default is its own length numbers new strings in C.
+    Rows of another width than the header's are dropped and counted. What is not UTF-8 becomes
+    Windows-1252, and is counted, so that two strings may be the same. No Python code runs per cell:
+    a defaultdict whose default is its own length numbers new strings in C.
     """
     tables = [defaultdict() for _ in picked]
     for table in tables:
@@ -479,11 +475,11 @@ def read_columns(rows, width, picked, path):
         raise ValueError(f'{path}: no rows with the {width} fields of the header, {ragged} others')
     if ragged:
         note(f'{path}: {ragged} rows dropped, they have not the {width} fields of the header')
-    bad = [SURROGATE.search(string) is not None for table in tables for string in table]
-    if any(bad):
-        note(f'{path}: {sum(bad)} ids or texts hold bytes that are not UTF-8, read as Windows-1252')
-    return ([np.concatenate(out) for out in codes],
-            [list(map(mend, table)) if any(bad) else list(table) for table in tables])
+    strings = [[string if string.isascii() else string.translate(WINDOWS) for string in table]
+               for table in tables]
+    if bad := sum(a != b for one in zip(strings, tables) for a, b in zip(*one)):
+        note(f'{path}: {bad} ids or texts hold bytes that are not UTF-8, read as Windows-1252')
+    return [np.concatenate(out) for out in codes], strings
 
 
 def without_blanks(codes, ids):

@@ -1529,6 +1529,8 @@ def test_windows_letters_are_read_and_keep_ids_apart(folder, capsys):
     assert edges(loaded) == {('ann\xe9', 'th\xe8'), ('ann\xe8', 'th\xe9')}
     assert loaded[1] == ['Th\xe9', '\u20ac 5']
     assert '4 ids or texts hold bytes that are not UTF-8, read as W' in capsys.readouterr().err
+    own = folder(x__csv=b'user_id,item_id\n\x81,1\n\x8d,2\n', y__csv='item_id,t\n1,a\n2,b\n')
+    assert len(data.load(own, core=1)[3]) == 2             # letters that Windows-1252 has not
 
 
 def test_ragged_rows_and_bad_bytes_are_counted(folder, capsys):

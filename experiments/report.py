@@ -53,8 +53,9 @@ def check(run):
                 for what in ('abundance', 'effective rank')]
     numbers += [ndcg for _, ndcg, _ in run['curve']]
     numbers += [part['NDCG@10'] for part in run['by training interactions, from'].values()]
-    sum(numbers)
-    ''.join([run['paper'], *(run['settings'][name] for name in ('dataset', *PROTOCOL))])
+    sum(numbers)                                                       # TypeError for other things
+    ''.join([run['paper'], *(run['settings'][name] for name in ('dataset', *PROTOCOL)),
+             *dict(run.get('training', {}))])
 
 
 def tell_training(runs):
@@ -62,7 +63,7 @@ def tell_training(runs):
     found = defaultdict(set)
     for run in runs:
         for name, value in run.get('training', {}).items():
-            found[run['settings']['model'], run['settings']['preset'], name].add(value)
+            found[run['settings']['model'], run['settings']['preset'], name].add(str(value))
     for name in {name for (_, _, name), values in found.items() if len(values) > 1}:
         for run in runs:
             run['settings'][name] = run.get('training', {}).get(name)
