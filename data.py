@@ -23,6 +23,7 @@ Decisions the paper leaves open
     users   in order of first appearance in the interaction file
     items   in the order of the item file, those with interactions left; repeated rows: the first
     a row without a rating is a positive, like every row of a file without that column
+    a comma in a rating is the decimal comma: '4,5' is 4.5, and '1,234' is no thousand
     an item without text stays, with the text ''; it is counted on stderr
     a row with too many or too few fields, without an id or with a rating that is no number is
     dropped and counted
