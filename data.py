@@ -91,8 +91,10 @@ ALIASES = {'user_id': ('reviewer_id', 'customer_id', 'user'),         # [ours: w
            'title': ('movie_title', 'book_title', 'product_name', 'name')}
 NO_NUMBER = {'', 'na', 'n/a', 'null', 'none'}      # [ours: what tools write for a missing one]
 NO_TEXT = {'nan', 'null', 'none'}                  # [ours: likewise; NA may be a brand]
-WINDOWS = {0xdc00 + byte: chr(byte) if byte in b'\x81\x8d\x8f\x90\x9d' else    # open_text's
-           bytes([byte]).decode('cp1252') for byte in range(128, 256)}         # surrogates
+# open_text's surrogates as letters of Windows-1252, which leaves five bytes free: those are control
+# characters as in Latin-1, so that no two bytes become one letter
+WINDOWS = {0xdc00 + byte: chr(byte) if byte in b'\x81\x8d\x8f\x90\x9d' else
+           bytes([byte]).decode('cp1252') for byte in range(128, 256)}
 
 
 def note(text, kind='note'):
@@ -436,8 +438,8 @@ def read_table(path, tell=True):
     if first is None:
         raise ValueError(f'{path}: empty; expected a header line and rows')
     kinds = r'(.*?)(?::(token|token_seq|float|float_seq))?'
-    columns = [re.fullmatch(kinds, cell.strip(), re.S).groups('')
-               for cell in (cell.translate(WINDOWS) for cell in first)]
+    columns = [re.fullmatch(kinds, cell.translate(WINDOWS).strip(), re.S).groups('')
+               for cell in first]
     if find_column(columns, 'user_id') < 0 and find_column(columns, 'item_id') < 0:
         more = list(itertools.islice(rows, 4))
         if names := position_names([first, *more]):
@@ -658,7 +660,6 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
         raise ValueError(f'{inter}: none of its items is in {item}; the ids here are such as '
                          f'{listed(item_ids[:3])}, there {listed(ids[:3])}')
     known, low = there & positive, there & ~positive
-    low = users[low], items[low]
     pairs = np.sort(users[known] * np.int64(len(texts)) + items[known])
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]     # np.unique, by hashing, is 50 times slower
     kept = pairs[k_core(*np.divmod(pairs, len(texts)), core)]
@@ -666,10 +667,10 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
             f'the item file, {len(pairs):,} distinct, {len(kept):,} in the {core}-core')
     if not len(kept):
         raise ValueError(f'{inter}: nothing left of {told}; lower min_rating or core')
-    users, old_users = renumber(kept // len(texts))
-    items, old_items = renumber(kept % len(texts))
-    interactions = sp.csr_matrix((np.ones(len(kept), np.float32), (users, items)))   # U x I
-    low = restricted(*low, old_users, old_items)                                     # U x I
+    rows, old_users = renumber(kept // len(texts))
+    columns, old_items = renumber(kept % len(texts))
+    interactions = sp.csr_matrix((np.ones(len(kept), np.float32), (rows, columns)))  # U x I
+    lower = restricted(users[low], items[low], old_users, old_items)                 # U x I
     if own and len(kept) < n_rows:
         note(f'{dataset}: {told}')
     if not own and (min_rating, core) == (MIN_RATING, CORE):
@@ -682,7 +683,7 @@ def load(dataset, folder='data', *, min_rating=MIN_RATING, core=CORE, text_colum
     if blank := texts.count(''):
         note(f'{blank} items without text')
     return (interactions, texts, [titles[row] for row in old_items],
-            [user_ids[code] for code in old_users], [ids[row] for row in old_items], low)
+            [user_ids[code] for code in old_users], [ids[row] for row in old_items], lower)
 
 
 def split(interactions, rng):

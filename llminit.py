@@ -274,7 +274,8 @@ def load_run(folder, split, names):
 def check_folder(folder):
     """OSError or ValueError now, not after the training, where a run could not be saved."""
     if os.path.exists(folder):
-        ours = f'{"|".join(TABLES)}|run.json|recommendations.tsv(.*.part)?'
+        ours = '|'.join([*map(re.escape, (*TABLES, 'run.json')),
+                         r'recommendations\.tsv((\.\d+)?\.part)?'])
         if not all(re.fullmatch(ours, name) for name in os.listdir(folder)):
             raise ValueError(f'{folder} holds other files than a saved run: choose another --save')
     parent = os.path.dirname(os.path.realpath(folder))
@@ -292,13 +293,17 @@ def write_recommendations(folder, recommended, names, titles):
     path = os.path.join(folder, 'recommendations.tsv')
     part = f'{path}.{os.getpid()}.part'              # its own, where two --load write here at once
     blanks = str.maketrans('\t\r\n', '   ')
-    with open(part, 'w', encoding='utf8') as file:
-        file.write('user_id\trank\titem_id\tscore\ttitle\n')
-        for user, row, scores in zip(names[0], *recommended):
-            for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
-                cells = user, rank, names[1][i], f'{score:.6g}', titles[i]
-                file.write('\t'.join(str(cell).translate(blanks) for cell in cells) + '\n')
-    os.replace(part, path)
+    try:
+        with open(part, 'w', encoding='utf8') as file:
+            file.write('user_id\trank\titem_id\tscore\ttitle\n')
+            for user, row, scores in zip(names[0], *recommended):
+                for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
+                    cells = user, rank, names[1][i], f'{score:.6g}', titles[i]
+                    file.write('\t'.join(str(cell).translate(blanks) for cell in cells) + '\n')
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):                     # as on a full disk
+            os.remove(part)
 
 
 def save_run(folder, run, tables, recommended, titles):
@@ -640,7 +645,7 @@ def pending(cells, agree):
         left, rows, damaged = unfinished(cells[n:], path)
         if damaged and not n:
             print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
-        done = not any(cell is args for cell in left) and not args.save
+        done = args not in left and not args.save
         if agree(lambda: json.dumps(whole_settings(args)), done):
             if len(cells) == 1:
                 print(f'note: this run is in {path}', file=sys.stderr)

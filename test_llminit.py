@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -1452,7 +1453,8 @@ def test_other_names_and_no_header(folder, capsys, ratings, items, told):
     own = folder(a__csv=ratings, b__txt=items)
     loaded = data.load(own, core=1)
     assert edges(loaded) == {('1', '10'), ('2', '11')}
-    assert sorted(title.split(',')[0] for title in loaded[2]) == ['Cup', 'Tea']
+    titles = [title.split(',')[0] for title in loaded[2]]
+    assert sorted(zip(loaded[4], titles)) == [('10', 'Tea'), ('11', 'Cup')]
     notes = [line for line in capsys.readouterr().err.splitlines() if 'no header' in line]
     assert [line.partition('columns are ')[2] for line in notes] == told
 
@@ -1912,6 +1914,7 @@ def test_sizes_of_the_real_sets(dataset, capsys):
     matrix, texts, titles, users, items, low = data.load(dataset, str(SHARED))
     assert (*matrix.shape, matrix.nnz) == data.SIZES[dataset]
     assert matrix.shape == (len(users), len(items)) and len(texts) == len(titles) == len(items)
+    assert low.shape == matrix.shape and not low.multiply(matrix).nnz      # no pair twice in these
     assert len(set(users)) == len(users) and len(set(items)) == len(items) and all(texts)
     assert capsys.readouterr().err == ''
 
@@ -2456,9 +2459,11 @@ def test_npy(tmp_path):
     for wrong in (np.arange(3.), np.array([[{}]] * 3), np.array([['a']] * 3), np.zeros((3, 0))):
         np.save(path, wrong)
         one_line(ValueError, 'v.npy: (vectors are|not a plain)', texts, path)
-    vectors[1:, 0] = np.nan, 1e300                   # more than float32 holds, without a warning
-    np.save(path, vectors)
-    one_line(ValueError, '2 of 3 vectors hold NaN or infinity, first in row 1', texts, path)
+    for large in (np.inf, 1e300):                    # more than float32 holds: without a warning
+        vectors[1:, 0] = np.nan, large
+        np.save(path, vectors)
+        with warnings.catch_warnings(action='error'):
+            one_line(ValueError, '2 of 3 vectors hold NaN or infinity, first in row 1', texts, path)
     for damage in (b'', b'nonsense', b'\x93NUMPY\x01\x00v\x00{'):
         Path(path).write_bytes(damage)
         one_line(ValueError, 'not a plain .npy', texts, path)
