@@ -2680,3 +2680,140 @@ def test_real_weights(tmp_path):
     fast = embed.encode([text for text, _, _ in GOLDEN], str(WEIGHTS), cache=tmp_path,
                         dtype='bfloat16')
     assert (fast * found[:-1]).sum(1).min() >= .9999
+
+# ---- golden values: recorded from the code before its rewrite, what may not move ---------------
+
+def sha(*parts):
+    """First 12 hex digits of a SHA-256: of arrays with their types and shapes, or of JSON."""
+    found = hashlib.sha256()
+    for part in parts:
+        array = isinstance(part, np.ndarray)
+        found.update(f'{part.dtype.str}{part.shape}'.encode() + part.tobytes() if array else
+                     json.dumps(part).encode())
+    return found.hexdigest()[:12]
+
+
+def sha_of_rows(*matrices):
+    """sha of rows and columns of csr matrices, whatever their index types."""
+    return sha(*(a.astype(np.int64) for m in matrices for a in (m.indptr, m.indices)))
+
+
+WORDLIST = 'red green tea cup of fine bone china steel kettle for the cold winter'.split()
+TITLES = [' '.join(WORDLIST[(n * n + 3 * k) % 14] for k in range(2 + n % 5)) for n in range(20)]
+GOLDEN_SPLITS = {           # seeds 0 to 4
+    'planted': ['3066c1602a7a', '614d3fa444b8', '49c01c3ca52f', '6ca91c7ca27f', '2ebfec05f79f'],
+    'office': ['ef414df52bd9', 'ad5cf1f6be95', '8e1755c05006', '9cc1d1e5a646', '9c1397ac38a9'],
+    'beauty': ['b81de24f5d2a', 'eb3487262e39', '155e1f7048ff', '070d0f0a09cc', '9e2e2875a86e']}
+
+
+def golden_folder(folder):
+    """A user's folder: low ratings, unknown items and repeated pairs come before the good rows."""
+    rows = [f'u{i * i % 97 % 40}\ti{i * 7 % 23}\t{1 + i * 5 % 6}\t{i}' for i in range(900)]
+    items = [f'i{n}\t {TITLES[n % 20]}  \t{n % 3 or ""}\t{"None" if n % 4 else "Acme"}'
+             for n in (*range(22, 2, -1), 5, 7)]
+    head = 'user_id:token\titem_id:token\trating:float\ttimestamp:float'
+    (folder / 'x.inter').write_text('\n'.join([head, *rows]) + '\n')
+    head = 'item_id:token\ttitle:token_seq\tprice:float\tbrand:token'
+    (folder / 'x.item').write_text('\n'.join([head, *items]) + '\n')
+    return folder
+
+
+def golden_vectors():
+    """Item vectors (30, 24) float32."""
+    n = np.arange(30 * 24, dtype=np.float64).reshape(30, 24)
+    return (np.sin(n * n / 7) * (1 + np.arange(24) % 5)).astype(np.float32)
+
+
+class TestGolden:
+    """A figure of the READMEs stands on each of these."""
+
+    @pytest.mark.parametrize('dataset, seed', [(name, seed) for name in GOLDEN_SPLITS
+                                               for seed in range(5)])
+    def test_splits(self, dataset, seed):
+        if dataset != 'planted' and not (SHARED / data.FOLDERS[dataset]).is_dir():
+            pytest.skip(f'{SHARED / data.FOLDERS[dataset]} is not there')
+        pairs = planted() if dataset == 'planted' else data.load(dataset, str(SHARED))[0]
+        parts = data.split(pairs, np.random.default_rng(seed))
+        assert sha_of_rows(*parts) == GOLDEN_SPLITS[dataset][seed]
+
+    def test_numbers_texts_and_low_ratings_of_a_folder(self, tmp_path):
+        pairs, *names, low = data.load(str(golden_folder(tmp_path)), core=3)
+        assert pairs.shape == (31, 20) and pairs.nnz == 298 and low.nnz == 296
+        assert [sha_of_rows(pairs, low), *map(sha, names)] == [
+            'cdb16e1d0424', '957be9ff2058', '76dc52a708ec', '2c2b2fa7cec6', 'aa9103e13012']
+
+    @pytest.mark.parametrize('strategy, popular, expected', [
+        ('uni', 1, '307f06b3d636'), ('rand', 1, 'de105f0758b4'), ('full', 1, 'a2727ec2d7c3'),
+        ('var', 1, '2923a538f11d'), ('var', .2, 'aee704da9442')])
+    def test_selections(self, strategy, popular, expected):
+        more = {'popular': popular, 'degree': np.arange(30) * 11 % 13}
+        found = llminit.select_dims(golden_vectors(), 8, strategy, np.random.default_rng(3), **more)
+        assert sha(np.ascontiguousarray(found)) == expected
+
+    @pytest.mark.parametrize('strategy, whiten, expected', [
+        ('pca', 0, [-0.07898412, -5.14005, -4.314143, -2.024365, 2.786091, 0.4935932, -1.772089,
+                    0.768344]),
+        ('pca', .5, [-0.06968874, -4.715653, -4.172566, -2.120819, 2.936057, 0.5288379, -1.988201,
+                     0.9298593]),
+        ('noise', 0, [-0.7007462, -1.039066, 1.113004, -1.610943, -2.137043, 1.105219, 5.656437,
+                      -0.5652312])])
+    def test_projections(self, strategy, whiten, expected):
+        found = llminit.select_dims(golden_vectors(), 8, strategy, np.random.default_rng(3),
+                                    whiten=whiten)
+        np.testing.assert_allclose(found[17], expected, atol=3e-6)
+
+    @pytest.mark.parametrize('pool, expected', [
+        ('mean', [-0.2360197, 0.1798038, -0.1202291, -0.3377323]),
+        ('sqrt', [-0.6244493, 0.4757161, -0.3180962, -0.8935555]),
+        ('sum', [-1.652138, 1.258626, -0.8416035, -2.364126])])
+    def test_pooled_users(self, pool, expected):
+        users0 = llminit.pool_users(random_graph(40, 30, .2), golden_vectors()[:, :4], pool)
+        np.testing.assert_allclose(users0[21], expected, atol=1e-6)
+        assert not users0[39].any()
+
+    def test_random_start(self):
+        found = llminit.xavier(np.random.default_rng(5), 70_000, 3)
+        assert sha(found) == 'a841c84bd247'
+
+    @pytest.mark.parametrize('strategy, model, state', [
+        ('none', 'lightgcn', 646395709), ('none', 'sgcl', 646395709),
+        ('rand', 'lightgcn', 801373465), ('uni', 'lightgcn', 462881391),
+        ('var', 'lightgcn', 462881391), ('pca', 'lightgcn', 462881391),
+        ('var', 'morec', 462881391), ('noise', 'lightgcn', 513701512)])
+    def test_the_generator_as_training_receives_it(self, tmp_path, monkeypatch, strategy, model,
+                                                   state):
+        def stop(name, observed, valid, users0, items0, rng, **settings):
+            raise ValueError(f'at {rng.bit_generator.state["state"]["state"] % 10 ** 9}')
+        monkeypatch.setattr(models, 'train', stop)
+        given = ['--dataset', str(golden_folder(tmp_path)), '--core', '3', '--encoder', 'tfidf',
+                 '--dim', '6', '--seed', '4', '--strategy', strategy, '--model', model]
+        with pytest.raises(ValueError, match=f'at {state}$'):
+            llminit.main(given)
+
+    @pytest.mark.parametrize('name, expected', [
+        ('lightgcn', [0.68869924, 0.68693212]), ('bpr', [0.69441488, 0.69096425]),
+        ('sgl', [191.03085, 189.50831]), ('sgcl', [1652.995, 1604.3495]),
+        ('morec', [0.69786463, 0.70078603])])
+    def test_losses_of_two_epochs(self, name, expected):
+        train, valid, _ = data.split(planted(), np.random.default_rng(0))
+        rng = np.random.default_rng(1)
+        start = [llminit.xavier(rng, n, 16) for n in train.shape]
+        *_, curve = models.train(name, train, valid, *start, rng, epochs=2, log=lambda line: None)
+        np.testing.assert_allclose([epoch['loss'] for epoch in curve], expected, rtol=1e-5)
+
+    def test_tfidf(self):
+        found = embed.encode(TITLES, 'tfidf')
+        assert found.shape == (20, 14)
+        np.testing.assert_allclose(found[[0, 19], :5], [
+            [0.372153, 0.517568, -0.0903844, -0.32861, -0.0507934],
+            [0.640194, 0.60033, 0.246317, -0.252106, -0.251128]], atol=1e-5)
+
+    def test_tokens_and_a_toy_mpnet(self, tmp_path):
+        tiny_mpnet(tmp_path / 'tiny')
+        tokenizer = embed.Tokenizer(VOCAB)
+        assert sha([tokenizer(text) for text in TEXTS]) == '05675cf818d4'
+        found = embed.encode(TEXTS, str(tmp_path / 'tiny'), cache=tmp_path)
+        np.testing.assert_allclose(found[[0, 7, 8], :4], [
+            [0.1236728, -0.04979077, 0.08403431, 0.2003817],
+            [0.1124547, -0.04108788, 0.08905905, 0.192076],
+            [0.1327625, -0.06708517, 0.1133394, 0.1721176]], atol=2e-6)
