@@ -5,6 +5,7 @@ whose vendoring and reading depend on it: the four allowed packages, no import o
 a file is imported, nothing defined after its use, every flag read.
 """
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -47,10 +48,9 @@ def check(path):
                 and top.get(n.id, 0) > max(n.lineno, d.end_lineno))
     read = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
     for n in nodes:
-        if isinstance(n, ast.Call) and getattr(n.func, 'attr', '') == 'add_argument':
-            flag = n.args[0].value.lstrip('-').replace('-', '_')
-            if flag not in read:
-                yield n.lineno, f'the flag --{flag} is read by nothing'
+        flag = str(getattr(n.args[0], 'value', '')) if isinstance(n, ast.Call) and n.args else ''
+        if re.fullmatch('--[a-z-]+', flag) and flag[2:].replace('-', '_') not in read:
+            yield n.lineno, f'the flag {flag} is read by nothing'
 
 
 def main(paths):

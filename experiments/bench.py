@@ -77,8 +77,7 @@ def ours(folder, name, batch, epochs, threads, dataset):
     train, valid, _ = data.split(data.load(dataset, folder)[0], rng)
     start = [llminit.xavier(rng, n, 128) for n in train.shape]
     model = models.MODELS[name](models.adjacency(train), *start)
-    step = models.optimiser(model, 1e-3, 0.)
-    models.keep_pages()                                    # as models.train does
+    step = models.optimiser(model, 1e-3)
     out = {'epoch': [], 'valid': []}
     for _ in range(epochs):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tables and figures of the runs in a results file of llminit.py.
+"""Tables and figures of the runs in a results file of run.py.
 
     python experiments/report.py table RESULTS.jsonl                       # Markdown
     python experiments/report.py table RESULTS.jsonl --against rand --show valid cost
@@ -30,14 +30,33 @@ import numpy as np
 import scipy.stats
 
 PROTOCOL = 'seen', 'preset'
-NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'K', 'test', 'valid', 'paper', 'curve',
-          'best epoch', 'parameters', 'seconds', 'spectrum', 'by training interactions, from'}
+NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'training', 'K', 'test', 'valid',
+          'curve', 'best epoch', 'parameters', 'seconds', 'spectrum',
+          'by training interactions, from'}
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
 OF_STRATEGY = 'strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool'
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
 WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise',
          'pca')
 METRICS = 'Recall@10', 'NDCG@10'
+# Table 1 [paper]: Recall@10/NDCG@10 of none, rand, uni, var, with seen items left in the ranking.
+PAPER = {
+    ('beauty', 'lightgcn'): '.0910/.0432 .0960/.0467 .1006/.0469 .1019/.0485',
+    ('beauty', 'sgl'): '.1017/.0474 .1069/.0513 .1101/.0520 .1106/.0530',
+    ('beauty', 'sgcl'): '.1027/.0499 .1094/.0512 .1115/.0513 .1104/.0522',
+    ('toys', 'lightgcn'): '.0775/.0360 .0805/.0387 .0806/.0388 .0808/.0389',
+    ('toys', 'sgl'): '.0832/.0380 .0885/.0418 .0920/.0424 .0927/.0427',
+    ('toys', 'sgcl'): '.0828/.0382 .0929/.0418 .0923/.0422 .0941/.0421',
+    ('tools', 'lightgcn'): '.0574/.0283 .0612/.0313 .0633/.0319 .0633/.0317',
+    ('tools', 'sgl'): '.0580/.0284 .0692/.0337 .0676/.0333 .0686/.0339',
+    ('tools', 'sgcl'): '.0585/.0294 .0651/.0326 .0650/.0327 .0646/.0327',
+    ('office', 'lightgcn'): '.0745/.0365 .0773/.0387 .0791/.0395 .0816/.0414',
+    ('office', 'sgl'): '.0669/.0297 .0810/.0426 .0773/.0350 .0794/.0421',
+    ('office', 'sgcl'): '.0647/.0298 .0770/.0365 .0742/.0354 .0776/.0366',
+    ('beauty', 'morec'): '.0857/.0397', ('toys', 'morec'): '.0793/.0362',          # Table 3
+}
+OF_PAPER = dict(dim=128, cold=0, encoder='mpnet', pool='mean', core=5, min_rating=4.,
+                text_columns=None)       # settings of these figures; it names no training
 # Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey
 COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
 MARKERS, DASHES = 'osD^vPX', ('-', '--', '-.', ':')
@@ -54,19 +73,18 @@ def check(run):
     numbers += [ndcg for _, ndcg, _ in run['curve']]
     numbers += [part['NDCG@10'] for part in run['by training interactions, from'].values()]
     sum(numbers)                                                       # TypeError for other things
-    ''.join([run['paper'], *(run['settings'][name] for name in ('dataset', *PROTOCOL)),
-             *dict(run.get('training', {}))])
+    ''.join([*(run['settings'][name] for name in ('dataset', *PROTOCOL)), *run['training']])
 
 
 def tell_training(runs):
     """Makes settings of what runs of one model and preset were trained with differently."""
     found = defaultdict(set)
     for run in runs:
-        for name, value in run.get('training', {}).items():
+        for name, value in run['training'].items():
             found[run['settings']['model'], run['settings']['preset'], name].add(str(value))
     for name in {name for (_, _, name), values in found.items() if len(values) > 1}:
         for run in runs:
-            run['settings'][name] = run.get('training', {}).get(name)
+            run['settings'][name] = run['training'].get(name)
 
 
 def read(paths, every=False):
@@ -109,6 +127,16 @@ def users_ndcg(run):
 def freeze(settings, without=()):
     """Settings as a key of a dict."""
     return tuple(sorted((name, value) for name, value in settings.items() if name not in without))
+
+
+def papers(run):
+    """'Recall@10/NDCG@10' of a run in the paper's Table 1 or 3, '-' if it is not there."""
+    one = run['settings']
+    found = PAPER.get((one['dataset'], one['model']), '').split()
+    if any(one.get(name) != value for name, value in OF_PAPER.items()):
+        return '-'
+    strategies = ('full',) if one['model'] == 'morec' else ('none', 'rand', 'uni', 'var')
+    return dict(zip(strategies, found)).get(one['strategy'], '-')
 
 
 def place(run):
@@ -203,7 +231,7 @@ def cells_of(runs, gain, gained, paper, show):
     out = {name: spread([run['test'][name] for run in runs.values()]) for name in METRICS}
     out |= zip(gained, (f'{gain[0]:+.1%}', f'{gain[1]:.1g}') if gain else ('', ''))
     if paper:
-        out['paper'] = next(iter(runs.values()))['paper']
+        out['paper'] = papers(next(iter(runs.values())))
     return out | {'seeds': str(len(runs))} | extra_columns(runs, show)
 
 
@@ -228,7 +256,7 @@ def table(runs, against, show):
     yield ', '.join(shared) + told * bool(gains)
     yield ''
     datasets = list(dict.fromkeys(run['settings']['dataset'] for run in runs))
-    paper = any(run['paper'] != '-' for run in runs) and first['seen'] == 'keep'
+    paper = any(papers(run) != '-' for run in runs) and first['seen'] == 'keep'
     gained = ('gain', 'p') if gains else ()
     lines = [(dict(key), {name: cells_of(found[name], gains.get((key, name)), gained, paper, show)
                           for name in datasets if found.get(name)}) for key, found in rows.items()]

@@ -1,0 +1,324 @@
+"""Grids of runs of llminit.py, kept in a results file.
+
+    python experiments/run.py --dataset office,beauty --model lightgcn,sgcl --strategy none,var \
+        --seeds 3 --results FILE.jsonl
+
+--dataset, --model, --strategy, --encoder, --dim and --cold take several values with commas between,
+--seeds so many seeds from --seed on: every combination is a run, seeds outermost, so that a grid
+that is cut short holds whole tables. All other flags are those of llminit.py, but for --save.
+
+A finished run is one line of JSON in --results: settings, training, scores, curve, the rank of each
+user's test item, versions. What is there is not run again: a killed grid goes on where it was. Two
+runs with the same settings and training are one, however their flags were written; what the data
+and vector files held is not compared. A run that fails is reported and the others go on. Start two
+processes on two files: on one they would do the same work. report.py reads several.
+
+--cold removes a share of each user's training interactions. The paper's Figure 3 does not say how
+it removes half; here they are drawn at random and are as if never seen: they may be negatives, and
+they are ranked.
+"""
+import argparse
+import base64
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import embed  # noqa: E402
+import llminit  # noqa: E402
+import models  # noqa: E402
+
+LISTS = 'dataset', 'encoder', 'dim', 'cold', 'model', 'strategy'
+SETTINGS = ('dataset', 'min_rating', 'core', 'text_columns', 'columns', 'split', 'strategy',
+            'model', 'encoder', 'dim', 'cold', 'whiten', 'popular', 'pool', 'views', 'tau', 'seen',
+            'epochs', 'preset', 'seed')
+# flags that only some runs use; the others keep the default, so that runs that are alike are one
+USED_BY = {'whiten': ('strategy', ('pca',)), 'popular': ('strategy', ('var',)),
+           'encoder': ('strategy', llminit.STRATEGIES[1:]),
+           'pool': ('strategy', llminit.STRATEGIES[1:]), 'views': ('model', ('sgl',)),
+           'tau': ('model', ('sgl', 'sgcl'))}
+ACTIVITY = 0, 1, 2, 3, 5, 9, 17     # [ours] lower bounds of the groups of users, by number of
+                                    # training interactions, that are also scored separately
+
+
+def thin(train, share, rng):
+    """train (csr U x I) without `share` (0..1) of each user's interactions, drawn at random.
+
+    A count that is not whole is rounded up or down by a draw, so that all users together lose
+    `share`; each keeps at least one. share 0 draws nothing.
+    """
+    if not share:
+        return train
+    count = np.diff(train.indptr)                                               # (U,)
+    going = np.minimum((share * count + rng.random(len(count))).astype(int), count - 1)
+    users = np.repeat(np.arange(len(count)), count)
+    order = np.lexsort((rng.random(train.nnz), users))       # each row's interactions, shuffled
+    stays = order[np.arange(train.nnz) - train.indptr[users] >= going[users]]
+    users, items = users[stays], train.indices[stays]
+    return sp.csr_matrix((np.ones(len(stays), np.float32), (users, items)), train.shape)
+
+
+def spectrum(table):
+    """How many of its dimensions a table (n, K) uses, by its singular values s -> dict of floats.
+
+    'abundance'        information abundance, sum(s) / max(s) (arXiv 2310.04400)
+    'effective rank'   exp of the entropy of s / sum(s) (Roy and Vetterli 2007)
+    """
+    table = table.cpu().double()
+    s = torch.linalg.eigvalsh(table.T @ table).clamp_min(0).sqrt()                      # (K,)
+    entropy = torch.special.entr(s / s.sum()).sum()
+    return {'abundance': float(s.sum() / s.max()), 'effective rank': float(entropy.exp())}
+
+
+def pack(ndcg):
+    """NDCG@10 of users with one target each, (n,), as text: a byte a user, the target's rank from
+    0, 10 for none of the first ten; deflated, base64."""
+    ranks = np.where(ndcg > 0, np.rint(2 ** (1 / np.maximum(ndcg, .1))) - 2, 10)
+    return base64.b64encode(zlib.compress(ranks.astype(np.uint8).tobytes(), 9)).decode()
+
+
+def digest(matrix):
+    """Hex digest of a csr matrix: which split a run was tested on."""
+    parts = (np.asarray(a, np.int64).tobytes() for a in (matrix.indptr, matrix.indices))
+    return hashlib.sha256(b''.join(parts)).hexdigest()
+
+
+def means(scores):
+    """{name: mean over users} of Recall@10 and NDCG@10, (n,) each."""
+    return dict(zip(('Recall@10', 'NDCG@10'), (float(score.mean()) for score in scores)))
+
+
+def settings_of(args):
+    """{flag: value} of what a run's figures depend on, besides its training."""
+    usual = llminit.parse([])
+    settings = {name: getattr(args, name, 0.) for name in SETTINGS}
+    for name, (where, users) in USED_BY.items():
+        if settings[where] not in users:
+            settings[name] = getattr(usual, name)
+    # rows from before there were these flags do not have them
+    settings = {name: value for name, value in settings.items()
+                if name not in ('columns', 'split') or value != getattr(usual, name)}
+    for name in ('dataset', 'encoder'):
+        if os.path.exists(settings[name]) and settings[name] not in (*data.FOLDERS, 'mpnet'):
+            settings[name] = os.path.abspath(settings[name])
+    if settings['encoder'].startswith('openai:'):          # elsewhere MODEL may be another
+        settings['endpoint'] = embed.endpoint()[0]
+    return settings
+
+
+def identity(settings, training):
+    """What two runs that are one run share."""
+    return json.dumps([{**settings, 'preset': None}, training], sort_keys=True)
+
+
+def result(args, scores, curve, model, seconds, train, test, device):
+    """The row of a finished run in the results file: a dict."""
+    best = [epoch for epoch in curve if epoch['best']][-1]
+    tables = model.table.detach().split([model.n_users, train.shape[1]])
+    tables = model.embeddings() if args.model == 'morec' else tables     # its table is frozen
+    degree = train.getnnz(axis=1)[test.getnnz(axis=1) > 0]                          # (n,)
+    group = np.searchsorted(ACTIVITY, degree, side='right') - 1
+    apart = {str(ACTIVITY[g]): {'users': int((group == g).sum()),
+                                **means([score[group == g] for score in scores])}
+             for g in np.unique(group)}
+    return {'settings': settings_of(args), 'training': llminit.training(args),
+            'test': means(scores), 'valid': {'Recall@10': best['recall'], 'NDCG@10': best['ndcg']},
+            'best epoch': best['epoch'], 'K': model.K, 'parameters': model.table.numel(),
+            'seconds': seconds, 'by training interactions, from': apart,
+            'spectrum': dict(zip(('users', 'items'), map(spectrum, tables))),
+            'ranks': pack(scores[1]), 'test split': digest(test),
+            'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
+                      for epoch in curve],
+            'versions': {'python': platform.python_version(), 'numpy': np.__version__,
+                         'torch': torch.__version__, 'machine': platform.machine(),
+                         'device': device}}
+
+
+def read_results(path):
+    """The rows of a results file, [] if there is none, and the number of damaged lines in it."""
+    found, damaged = [], 0
+    if os.path.exists(path):
+        with open(path, encoding='utf8', errors='replace') as file:
+            for line in filter(str.strip, file):
+                try:
+                    row = json.loads(line)
+                    identity(row['settings'], row['training']), row['seconds'] + 0
+                    found.append(row)
+                except (ValueError, KeyError, TypeError):
+                    damaged += 1
+    return found, damaged
+
+
+def append(path, row):
+    """Add a line to a results file in one write, after whatever a killed run left there."""
+    with open(path, 'a+b') as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        start = b'\n' if file.read(1) not in (b'', b'\n') else b''
+        file.write(start + json.dumps(row).encode() + b'\n')
+
+
+def check_file(path):
+    """OSError or ValueError now, not after a run, if path is no place for results."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    if os.path.exists(path):
+        with open(path, 'r+b') as file:
+            if file.read(1) not in (b'', b'{', b'\n'):
+                raise ValueError(f'{path} is no results file: choose another --results')
+
+
+def parse(argv):
+    """The command line -> the arguments of each run, [args] as of llminit.parse, and --results.
+
+    args.cold is --cold, args.flags the command line of llminit.py for this run alone.
+    """
+    p = llminit.Parser(prog='run.py', allow_abbrev=False, description=__doc__.split('\n')[0],
+                       epilog='Other flags: python llminit.py --help')
+    for name in LISTS:
+        p.add_argument(f'--{name}', metavar='A,B', help='several values with commas between')
+    p.add_argument('--seed', default=0, type=llminit.number(int, 0), help='the first one')
+    p.add_argument('--seeds', default=1, type=llminit.number(int, 1), help='how many')
+    p.add_argument('--results', default='results.jsonl', metavar='FILE', help='JSON lines')
+    own, rest = p.parse_known_args(argv)
+    cells = {}
+    for seed, *values in itertools.product(range(own.seed, own.seed + own.seeds), *(
+            [value] if value is None or os.path.exists(value) else value.split(',')
+            for value in (getattr(own, name) for name in LISTS))):
+        given = {name: value for name, value in zip(LISTS, values) if value is not None}
+        cold = given.pop('cold', 0)
+        flags = [f'--{name}={value.strip()}' for name, value in given.items()]
+        args = llminit.parse([*flags, *rest, f'--seed={seed}'])
+        if args.save:
+            p.error('--save is for a single run of llminit.py')
+        try:
+            args.cold = llminit.number(float, 0, 1)(cold)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            p.error(f'--cold: {error}')
+        args.flags = [*flags, *rest, f'--seed={seed}'] + [f'--cold={cold}'] * bool(args.cold)
+        cells[identity(settings_of(args), llminit.training(args))] = args
+    return list(cells.values()), own.results
+
+
+def once(known, key, compute):
+    """compute() and a memory of it: the runs of a grid share data and vectors."""
+    if key not in known:
+        known[key] = compute()
+    return known[key]
+
+
+def run(args, known, log):
+    """One run from data to result, the stages of llminit.main() with thin() among them -> its
+    row in the table and its row in the results file. known: a dict, for once()."""
+    started, rng = time.time(), np.random.default_rng(args.seed)
+    device = models.join(args.device)[1]
+    last = args.split == 'last'
+    source = str([args.dataset, args.data, args.min_rating, args.core, args.columns, last,
+                  args.text_columns])
+    interactions, texts, _, _, item_ids, _ = once(known, source, lambda: data.load(
+        args.dataset, args.data, min_rating=args.min_rating, core=args.core,
+        columns=dict(args.columns or ()), text_columns=args.text_columns, timestamps=last))
+    train, valid, test = data.split(interactions, rng, last)
+    train = thin(train, args.cold, rng)
+    if args.strategy == 'none':
+        users0, items0 = (llminit.xavier(rng, n, args.dim) for n in train.shape)
+    else:
+        vectors = once(known, (source, args.encoder), lambda: embed.encode(
+            texts, args.encoder, ids=item_ids, cache=args.cache, device=device))
+        items0 = llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
+                                     popular=args.popular, degree=train.getnnz(axis=0))
+        users0 = llminit.pool_users(train, items0, args.pool)
+    model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
+                                log=log, **llminit.training(args))
+    users, items = model.embeddings()
+    scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
+    seconds = time.time() - started
+    return (llminit.result_row(args, model.K, scores, curve, seconds, args.flags),
+            result(args, scores, curve, model, seconds, train, test, device))
+
+
+def called(args):
+    """A run in a few words."""
+    return (f'{args.dataset} {args.model} {args.strategy} {args.encoder} K={args.dim} '
+            f'cold={args.cold:g} seed {args.seed}')
+
+
+def time_left(cells, rows):
+    """'about 12 min left' for cells, by the seconds of rows with the same data and model."""
+    same = {}
+    for row in rows:
+        for key in ((row['settings'].get('dataset'), row['settings'].get('model')), None):
+            same.setdefault(key, []).append(row['seconds'])
+    if not rows:
+        return 'time left unknown'
+    left = sum(np.mean(same.get((cell.dataset, cell.model), same[None])) for cell in cells)
+    return f'about {left:.0f} s left' if left < 120 else f'about {left / 60:.0f} min left'
+
+
+def live(where, line):
+    """Show what models.train says of an epoch on the last line of a terminal."""
+    epoch = re.match(r'epoch +(\d+) .*best (\S+) at +(\d+)', line)
+    if epoch and sys.stderr.isatty():
+        text = '{}: epoch {}, best {} at {}'.format(where, *epoch.groups())
+        print(f'\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', file=sys.stderr)
+
+
+def main(argv=None):
+    """Run what the results file does not hold yet -> exit code: 2 if a run failed."""
+    cells, path = parse(argv)
+    check_file(path)
+    known, failed, head, clear = {}, 0, True, '\r\x1b[K' * sys.stderr.isatty()
+    if damaged := read_results(path)[1]:
+        print(f'note: {path}: {damaged} damaged lines are left out', file=sys.stderr)
+    for n, args in enumerate(cells):
+        rows, _ = read_results(path)
+        done = {identity(row['settings'], row['training']) for row in rows}
+        left = [cell for cell in cells[n:]
+                if identity(settings_of(cell), llminit.training(cell)) not in done]
+        if args not in left:
+            continue
+        where = f'{n + 1} of {len(cells)}, {time_left(left, rows)}, {called(args)}'
+        if not sys.stderr.isatty():
+            print(f'run {where}', file=sys.stderr)
+        try:
+            told, row = run(args, known, lambda line: live(where, line))
+        except (ValueError, OSError, MemoryError) as error:
+            failed += 1
+            print(f'{clear}run.py: error: {" ".join(str(error).split())} ({called(args)})',
+                  file=sys.stderr)
+            continue
+        append(path, row)
+        print(clear * sys.stdout.isatty() + llminit.lines_of(told, head), flush=True)
+        head = False
+    print(f'{clear}{len(cells) - failed} of {len(cells)} runs are in {path}', file=sys.stderr)
+    return 2 if failed else 0
+
+
+def command(argv=None):
+    """The command line -> exit code."""
+    try:
+        return main(argv)
+    except (ValueError, OSError) as error:
+        print(f'run.py: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('run.py: stopped; the same command goes on', file=sys.stderr)
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(command())
