@@ -455,9 +455,8 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
         text_columns = AMAZON_TEXT
     users, items, positive, times, user_ids, item_ids, lost = read_interactions(
         inter, min_rating, columns, timestamps)
-    blank = [''] * len(item_ids)
-    ids, texts, titles, taken = (read_items(item, text_columns, columns) if item else
-                                 (item_ids, blank, blank, []))
+    ids, texts, titles, taken = (read_items(item, text_columns, columns) if item else (
+        item_ids, [''] * len(item_ids), [''] * len(item_ids), []))
     place = {name: n for n, name in enumerate(ids)}
     items = np.array([place.get(name, -1) for name in item_ids])[items]
     there, shape = items >= 0, (len(user_ids), len(ids))
@@ -478,10 +477,11 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
         raise ValueError(f'{inter}: {told}; lower min_rating or core')
     texts = [texts[n] for n in kept]
     if own:
+        blank, gone = texts.count(''), len(ids) - len(kept)
         note(f'{dataset}: {told}')
-        note(f'{dataset}: texts are made of {some(taken)}; {texts.count("")} of {len(kept)} items '
-             f'have none; {len(ids) - len(kept)} more items have no interactions left: not ranked, '
-             'not recommended')
+        note(f'{dataset}: texts from {some(taken)}' + f'; {blank} items without text' * (blank > 0)
+             + (f'; {gone} of {len(ids)} items have no interactions left: not ranked, not recommended'
+                if gone else ''))
     found = *interactions.shape, interactions.nnz
     if not own and (min_rating, core) == (4, 5) and found != SIZES[dataset]:
         note(f'{dataset}: {found} users, items and interactions after filtering; expected '

@@ -131,7 +131,7 @@ def result_row(args, K, scores, curve, seconds, flags):
     return {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
             'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}', 'K': K,
             'seed': args.seed, 'best epoch': best, 'seconds': round(seconds),
-            'command': ' '.join(flags)}
+            'command': ' '.join(flags) or '-'}
 
 
 def lines_of(row, head=True):
