@@ -13,16 +13,17 @@ the columns user_id and item_id (rating, timestamp), and one with item_id and te
 atomic files, UTF-8, plain or gz, with a header, which decides the delimiter (tab , ; or |).
 
     user_id, userId and 'User ID' are one name; `columns` names others. Ids are strings
-    missing is what pandas.read_csv takes as missing, and \\N
+    missing is what pandas.read_csv takes as missing, and \\N; a missing timestamp is the oldest
     a row without an id, with too few or many cells, or with a rating that is no number goes
     a row without a rating is a positive, like every row of a file without ratings
     ratings that are all 0 or 1, or False or True, are labels: 1 is a positive
     a comma in a rating is a decimal comma; a pair that was rated high and low is a positive
     quotes hold delimiters and line ends, but in an atomic file a quote is a letter
-    text is every column of the item file in its order, except ids, numbers and addresses
-    the title is the column title, or one whose name ends in title or name, or the first text
+    text is every column of the item file in its order, but for ids and for those whose type is
+    float or, without a type, whose cells are mostly numbers or addresses
+    the title is the column title, or name, or one that ends so, or the first text
     users are numbered by first appearance, items by the item file; of repeated items the first
-    counts. Without an item file the texts are empty; a single file with titles is both
+    counts. Without an item file the texts are empty; a single file with a title is both
 What is dropped is counted on stderr. Not here: ratings as weights, cleaning of HTML.
 
 U users, I items, E interactions. Needs numpy, scipy and requests. MIT licence, from LLMInit's
@@ -75,9 +76,14 @@ def note(text, kind='note'):
     print(f'{kind}: {text}', file=sys.stderr)
 
 
+def printable(text):
+    """Text on one line, whatever is in it."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def some(names, most=8):
-    """'a, b, c and 4 more', for messages of one line."""
-    names = [text[:100] if text.isprintable() else ascii(text)[:100] for text in map(str, names)]
+    """'a, b, c and 4 more', for messages."""
+    names = [printable(str(name))[:100] for name in names]
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return (', '.join(names[:most]) or 'nothing') + more
 
@@ -205,30 +211,30 @@ def plain(name):
     return re.sub(r'[\W_]', '', name.lower())
 
 
-def is_title(column):
-    """Whether a column is called title or name, or something's title or name."""
-    return plain(column).endswith(('title', 'name'))
-
-
 def header(cells, columns):
-    """[(name, type)] of columns: the name as `columns` or NAMES has it; the type may be ''."""
+    """[(name, type)] of columns; the type may be ''. `columns`, then NAMES, rename a column unless
+    the new name is there. ValueError if two are called the same."""
     kinds = '(.*?)(?::(token|token_seq|float|float_seq))?'
     found = [re.fullmatch(kinds, cell.strip(), re.DOTALL).groups('') for cell in cells]
-    found = [(columns.get(name) or NAMES.get(plain(name), name), kind) for name, kind in found]
+    for renamed in (lambda name: columns.get(name), lambda name: NAMES.get(plain(name))):
+        there = {name for name, _ in found}
+        found = [(name if renamed(name) in there else renamed(name) or name, kind)
+                 for name, kind in found]
     names = [name for name, _ in found]
-    twice = [name for name in NAMES.values() if names.count(name) > 1]
-    if twice:
-        raise ValueError(f'several columns are {twice[0]}: {some(cells)}')
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f'several columns are {twice}: {some(cells)}')
     return found
 
 
-def good_rows(reader, width, dropped):
-    """Yield the rows of a csv reader that have `width` cells; add the others' lines to dropped."""
+def good_rows(reader, first, dropped):
+    """Yield the rows of a csv reader that have as many cells as `first`, the header, and are not it
+    again; add the numbers of the other lines to dropped."""
     line = reader.line_num
     while True:
         try:
             for row in reader:
-                if len(row) == width:
+                if len(row) == len(first) and row != first:
                     yield row
                 elif row:
                     dropped.append(reader.line_num)
@@ -258,15 +264,15 @@ def read_rows(path, columns, dropped):
             reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
                                 delimiter=max('\t,;|', key=first.count), strict=True,
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
-            names = header(next(reader, []), columns)
-            yield names
-            yield from good_rows(reader, len(names), dropped)
+            cells = next(reader, [])
+            yield header(cells, columns)
+            yield from good_rows(reader, cells, dropped)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
     except (ValueError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f' in the file that begins {first[:60]!r}' if isinstance(error, csv.Error) else ''
-        raise ValueError(f'{path}: {some([error])}{where}') from None
+        raise ValueError(f'{path}: {printable(str(error))}{where}') from None
 
 
 def read_table(path, columns, needed, more=None):
@@ -291,7 +297,7 @@ def read_table(path, columns, needed, more=None):
             out.append(np.fromiter(map(table.__getitem__, cells[n]), np.int32, len(chunk)))
     if not tables[0]:
         raise ValueError(f'{path}: no rows with the {len(names)} cells of the header, but '
-                         f'{len(dropped)} others; R: write.table(..., row.names = FALSE)')
+                         f"{len(dropped)} others: R's row names, or a sign at each line's end?")
     return ({names[n][0]: (np.concatenate(out), list(table))
              for n, table, out in zip(picked, tables, codes)}, kinds, dropped)
 
@@ -300,10 +306,14 @@ def clean_ids(codes, ids, path):
     """Codes (E,) and distinct ids without blanks around them; a missing id has code -1."""
     bare = [name.strip() for name in ids]
     place = {name: n for n, name in enumerate(dict.fromkeys(bare))}
-    rounded = next((name for name in place if re.fullmatch(r'\d\.?\d*[Ee]\+\d+', name)), None)
-    if rounded:
-        note(f'{path}: an id is {rounded}, as spreadsheets round long numbers: different ids may '
-             'have become one', 'warning')
+    for name in place:
+        if not name.isprintable() and re.search('[\0-\37]', name):
+            raise ValueError(f'{path}: the id {name[:60]!r} holds a sign that no id has: is a quote'
+                             ' not closed, or the file not UTF-8?')
+        if re.fullmatch(r'\d([.,]\d+)?[Ee]\+?\d+', name):
+            note(f'{path}: an id is {name}, as spreadsheets round long numbers: different ids may '
+                 'have become one', 'warning')
+            break
     new = np.array([-1 if name in MISSING else place[name] for name in bare], np.int32)
     return new[codes], list(place)
 
@@ -318,8 +328,8 @@ def to_number(text):
 
 def read_interactions(path, min_rating, columns, timestamps):
     """Of the rows with ids: user and item codes (E,), positive or not (E,), times (E,) or None; the
-    users' and the items' ids; and {why: how many} other rows there are."""
-    needed = ('user_id', 'item_id') + ('timestamp',) * timestamps
+    users' and the items' ids; and {why: how many} of the rows that are no interactions."""
+    needed = 'user_id', 'item_id', *('timestamp',) * timestamps
     table, _, dropped = read_table(path, columns, needed, ('rating', 'label'))
     users, user_ids = clean_ids(*table['user_id'], path)
     items, item_ids = clean_ids(*table['item_id'], path)
@@ -330,46 +340,55 @@ def read_interactions(path, min_rating, columns, timestamps):
             'without an id': (~good).sum()}
     positive, times = np.ones(len(users), bool), None
     if name := next((name for name in ('rating', 'label') if name in numbers), None):
-        values = numbers[name]
-        label = set(values[~np.isnan(values)]) == {0., 1.}
-        ratings = values[table[name][0]]
+        ratings = numbers[name][table[name][0]]
         lost['with a rating that is no number'] = (good & (ratings == -np.inf)).sum()
         good &= ratings != -np.inf
+        label = set(ratings[good & ~np.isnan(ratings)]) <= {0., 1.}
         positive = ~(ratings < (1 if label else min_rating))     # NaN, a missing one, is positive
+        lost['labelled 0' if label else f'rated below {min_rating:g}'] = (good & ~positive).sum()
     if timestamps:
-        if (numbers['timestamp'] == -np.inf).any():
-            raise ValueError(f'{path}: a timestamp is no number; pandas.to_datetime makes them so')
-        times = np.nan_to_num(numbers['timestamp'], nan=-np.inf)[table['timestamp'][0]][good]
+        (codes, texts), times = table['timestamp'], numbers['timestamp']
+        if (times == -np.inf).any():
+            try:
+                dates = ['NaT' if text.strip() in MISSING else text.strip().rstrip('Z')
+                         for text in texts]
+                times = np.array(dates, 'datetime64[ms]').astype(float)
+            except ValueError as error:
+                raise ValueError(f'{path}: timestamps are numbers or ISO dates: {error}') from None
+        times = np.nan_to_num(times, nan=-np.inf)[codes][good]           # a missing one is oldest
     return users[good], items[good], positive[good], times, user_ids, item_ids, lost
 
 
 def is_text(kind, strings):
-    """Whether a column is text: not if its type says so, nor if it holds nothing but numbers or
-    addresses, cells whose words all have :// in them."""
-    cells = [text.split() for text in strings if text.strip() not in MISSING]
-    return kind[:5] in ('token', '') and any(
-        (kind or to_number(' '.join(words)) == -np.inf) and not all('://' in word for word in words)
-        for words in cells)
+    """Whether a column is text, by its type, or if at least half of its cells are, which are not
+    missing: no numbers, nor addresses, words with :// in them."""
+    cells = [text for text in strings if text.strip() not in MISSING]
+    texts = [text for text in cells if (kind or to_number(text) == -np.inf)
+             and not all('://' in word for word in text.split())]
+    return kind[:5] in ('token', '') and 2 * len(texts) >= max(len(cells), 1)
 
 
 def read_items(path, text_columns, columns):
     """The distinct items' ids, texts and titles in the order of the file, and the text columns."""
     table, kinds, dropped = read_table(path, columns, ['item_id'])
     codes, ids = clean_ids(*table.pop('item_id'), path)
-    table = {name: table[name] for name in table if name not in NAMES.values() or name == 'title'}
+    both = {*NAMES.values()} - {'title'} if 'user_id' in kinds else ()     # not of the items
+    table = {name: column for name, column in table.items() if name not in both}
     taken = [name for name in table if name == 'title' or is_text(kinds[name], table[name][1])]
     if text_columns is not None:
-        found = {plain(name): name for name in table}
-        if wrong := [name for name in text_columns if plain(name) not in found]:
+        same = [[name for name in table if name == asked] or
+                [name for name in table if plain(name) == plain(asked)] for asked in text_columns]
+        if wrong := [asked for asked, names in zip(text_columns, same) if len(names) != 1]:
             raise ValueError(f'{path}: no column {wrong[0]}; found {some(table)}')
-        taken = [found[plain(name)] for name in text_columns]
-    titled = [name for name in table if is_title(name)]
-    title = ['title'] if 'title' in table else (titled + taken)[:1]
+        taken = [names[0] for names in same]
+    title = ([name for end in ('title', 'name') for name in table if plain(name) == end]
+             + [name for end in ('title', 'name') for name in table if plain(name).endswith(end)]
+             + taken)[:1]
     numbers, rows = np.unique(codes, return_index=True)    # by first appearance; -1: no id
     numbers, rows = numbers[numbers >= 0], rows[numbers >= 0]
     lost = {f'unlike the header (line {some(dropped, 3)})': len(dropped), 'without an item_id':
             (codes < 0).sum(), 'of an item_id that is above': (codes >= 0).sum() - len(rows)}
-    if 'user_id' not in kinds and any(lost.values()):
+    if not both and any(lost.values()):
         note(f'{path}: {len(rows):,} items stay{counted(lost)}')
 
     def joined(names):
@@ -396,19 +415,24 @@ def own_files(folder, columns):
             others.append(name)
     pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
-    if len(pairs) != 1 or len(items) > 1 or {*columns.values()}.difference(*headers.values()):
+    wrong = [path for path, names in headers.items() if not {'user_id', 'item_id'} & {*names}
+             and not path.lower().endswith('.txt')]
+    idle = {*columns}.intersection(*headers.values()) | {
+        name for name in columns.values() if not any(name in names for names in headers.values())}
+    if len(pairs) != 1 or len(items) > 1 or wrong or idle:
         found = '; '.join(f'{os.path.basename(path)} (columns {some(names)})'
                           for path, names in headers.items())
         raise ValueError(
             f'{folder}: expected one file with user_id and item_id, and one or none with item_id '
             'and no user_id, as .csv, .tsv, .txt, .inter or .item, plain or .gz; found '
             f'{found or "none"}; not read: {some(others)}. ' +
-            ('Of several keep one or join them; the split is drawn here' if len(pairs + items) > 2
-             else 'Name columns as in --columns user_id=visitorid item_id=itemid'))
-    left = [path for path in headers if path not in pairs + items] + others
+            ('Of several keep one or join them; the split is drawn here'
+             if len(pairs) > 1 or len(items) > 1 else
+             'Name columns as in --columns user_id=visitorid item_id=itemid; move others away'))
+    left = [os.path.basename(path) for path in headers if path not in pairs + items] + others
     if left:
-        note(f'{folder}: not read: {some(map(os.path.basename, left))}')
-    both = pairs if any(map(is_title, headers[pairs[0]])) else []      # one table of both
+        note(f'{folder}: not read: {some(left)}')
+    both = pairs if 'title' in headers[pairs[0]] else []               # one table of both
     return pairs[0], (items + both + [None])[0]
 
 
@@ -425,7 +449,7 @@ def to_csr(users, items, times, shape):
 
 def k_core(pairs, core):
     """Rows and columns of csr (U, I) that are left if users and items with fewer than `core`
-    entries go, again and again until nothing goes; none without entries is left."""
+    entries, and those without any, go, again and again until nothing goes."""
     users, items = map(np.arange, pairs.shape)
     while True:
         u, i = (pairs.getnnz(axis=axis) >= max(core, 1) for axis in (1, 0))
@@ -455,8 +479,11 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
         text_columns = AMAZON_TEXT
     users, items, positive, times, user_ids, item_ids, lost = read_interactions(
         inter, min_rating, columns, timestamps)
+    if text_columns and not item:
+        raise ValueError(f'{dataset}: no file of items to take {some(text_columns)} from')
     ids, texts, titles, taken = (read_items(item, text_columns, columns) if item else (
-        item_ids, [''] * len(item_ids), [''] * len(item_ids), []))
+        [name for name in item_ids if name not in MISSING], [''] * len(item_ids),
+        [''] * len(item_ids), []))
     place = {name: n for n, name in enumerate(ids)}
     items = np.array([place.get(name, -1) for name in item_ids])[items]
     there, shape = items >= 0, (len(user_ids), len(ids))
@@ -468,20 +495,20 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     rows, kept = k_core(pairs, core)
     interactions = pairs[rows][:, kept]                                  # U x I
     lower = to_csr(users[low], items[low], None, shape)[rows][:, kept]   # U x I
-    lost |= {f'rated below {min_rating:g}': (~positive).sum(), 'of items that the item file lacks':
-             (positive & ~there).sum(), 'repeated': known.sum() - pairs.nnz,
+    lost |= {'of items that the item file lacks': (positive & ~there).sum(),
+             'repeated': known.sum() - pairs.nnz,
              f'outside the {core}-core': pairs.nnz - interactions.nnz}
     n_rows = sum(lost.values()) + interactions.nnz
     told = f'{n_rows:,} rows: {interactions.nnz:,} interactions stay{counted(lost)}'
     if not interactions.nnz:
-        raise ValueError(f'{inter}: {told}; lower min_rating or core')
+        raise ValueError(f'{inter}: {told}; lower min_rating or core, or mend the file')
     texts = [texts[n] for n in kept]
     if own:
         blank, gone = texts.count(''), len(ids) - len(kept)
         note(f'{dataset}: {told}')
         note(f'{dataset}: texts from {some(taken)}' + f'; {blank} items without text' * (blank > 0)
-             + (f'; {gone} of {len(ids)} items have no interactions left: not ranked, not recommended'
-                if gone else ''))
+             + f'; {gone} of {len(ids)} items have no interactions left: not ranked, not '
+             'recommended' * (gone > 0))
     found = *interactions.shape, interactions.nnz
     if not own and (min_rating, core) == (4, 5) and found != SIZES[dataset]:
         note(f'{dataset}: {found} users, items and interactions after filtering; expected '

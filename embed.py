@@ -79,6 +79,12 @@ DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, Overflow
            tokenize.TokenError)        # what numpy, torch, json and zipfile raise for damage
 
 
+def one_line(error):
+    """What an error says, on one line that a terminal shows."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text[:400] if text.isprintable() else ascii(text)[1:400]
+
+
 def progress(label, fraction, start):
     """One live line with the seconds left; silent if stderr is no terminal."""
     if sys.stderr.isatty():
@@ -187,7 +193,7 @@ def fetch_mpnet(folder):
         try:
             return fetch(folder)
         except (OSError, *DAMAGED) as error:
-            errors.append(f'{source}: {error or type(error).__name__}')
+            errors.append(f'{source}: {one_line(error)}')
     raise OSError(f"no source has the weights of {NAME}: {'; '.join(errors)}. Place "
                   f"{' and '.join(FILES)} of {HUB} in {folder} by hand")
 
@@ -209,9 +215,8 @@ def read_safetensors(path):
             tensors[name] = flat.view(entry['shape'])
         return tensors
     except DAMAGED as error:
-        reason = ' '.join(str(error).split())[:100]
-        raise ValueError(f'{path} is not a whole safetensors file ({reason}); fetch it again'
-                         ) from None
+        raise ValueError(f'{path} is not a whole safetensors file ({one_line(error)[:99]}); fetch '
+                         'it again') from None
 
 
 @functools.cache
@@ -282,8 +287,8 @@ class Tokenizer:
                     out += self.pieces(word)
         return out
 
-    def __call__(self, text, max_tokens=MAX_TOKENS):
-        """Ids of a text between <s> and </s>, at most max_tokens of them, None for all."""
+    def __call__(self, text):
+        """Ids of a text between <s> and </s>, all of them."""
         out = [self.ids['<s>']]
         for n, part in enumerate(self.specials.split(text)):
             if n % 2:                                # re.split: the odd ones are the specials
@@ -294,7 +299,7 @@ class Tokenizer:
                 if chunk not in self.known:
                     self.known[chunk] = self.chunk(chunk)
                 out += self.known[chunk]
-        return (out if max_tokens is None else out[:max_tokens - 1]) + [self.ids['</s>']]
+        return out + [self.ids['</s>']]
 
 
 def position_buckets(n_tokens, n_buckets):
@@ -420,7 +425,7 @@ def read_config(folder):
             raise ValueError(f'sizes {sizes} with {limit} tokens')
     except DAMAGED as error:
         raise ValueError(f'{folder}: config.json, sentence_bert_config.json or 1_Pooling/'
-                         f'config.json: {error}') from None
+                         f'config.json: {one_line(error)}') from None
     return sizes, limit
 
 
@@ -441,8 +446,7 @@ def load_mpnet(folder):
         if len(vocab) > sizes['vocab_size'] or sizes['hidden_size'] % sizes['num_attention_heads']:
             raise ValueError(f'{len(vocab)} lines of vocab.txt, sizes {sizes}')
     except DAMAGED as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f'{folder} is not an MPNet of these sizes: {reason}') from None
+        raise ValueError(f'{folder} is not an MPNet of these sizes: {one_line(error)}') from None
     return tokenizer, model.eval(), limit
 
 
@@ -473,7 +477,7 @@ def run_mpnet(texts, folder, device, dtype):
     """(I, N) float32 unit vectors of texts from the checkpoint in folder."""
     tokenizer, model, limit = load_mpnet(folder)
     model, width = model.to(device), model.embeddings.word_embeddings.embedding_dim
-    ids = [tokenizer(text, None) for text in texts]
+    ids = list(map(tokenizer, texts))
     if cut := sum(len(row) > limit for row in ids):
         print(f'note: {cut:,} of {len(ids):,} texts cut to {limit} tokens', file=sys.stderr)
     ids = [row if len(row) <= limit else row[:limit - 1] + row[-1:] for row in ids]
@@ -523,20 +527,18 @@ def cached(texts, cache, name, settings, compute):
     return vectors
 
 
-def mpnet(texts, encoder, cache, device):
-    """(I, N) vectors from MPNet: the pinned checkpoint, or the one in the folder `encoder`."""
-    dtype = fast_dtype(device)
-    folder, checkpoint = cache / NAME, [sha256 for sha256, _ in FILES.values()]
-    if encoder != 'mpnet':
-        folder = Path(encoder)
-        checkpoint = [sha256_of(folder / name) for name in FILES]
+def mpnet(texts, folder, cache, device):
+    """(I, N) vectors from the MPNet checkpoint in a folder, or the pinned one if it is None."""
+    dtype, kind = fast_dtype(device), torch.device(device).type
+    checkpoint = ([sha256_of(folder / name) for name in FILES] if folder else
+                  [sha256 for sha256, _ in FILES.values()])
 
     def compute(texts):
-        if encoder == 'mpnet':
-            fetch_mpnet(folder)
-        return run_mpnet(texts, folder, device, dtype)
-    settings = checkpoint, *read_config(folder), dtype, torch.device(device).type
-    return cached(texts, cache, folder.resolve().name, settings, compute)
+        if not folder:
+            fetch_mpnet(cache / NAME)
+        return run_mpnet(texts, folder or cache / NAME, device, dtype)
+    settings = checkpoint, *read_config(folder or cache / NAME), dtype, kind
+    return cached(texts, cache, (folder or cache / NAME).resolve().name, settings, compute)
 
 
 def tfidf(texts, n_dims=TFIDF_DIMS):
@@ -586,10 +588,13 @@ def read_vectors(path):
             ids, vectors = file['ids'], file['vectors']
         if ids.dtype.kind == 'f' and (ids % 1 == 0).all():             # as pandas writes 7: 7.0
             ids = ids.astype(np.int64)
-        return [name.decode() if isinstance(name, bytes) else str(name) for name in ids.tolist()
-                ], vectors
-    lines = [line.split('\t') for line in path.read_text(encoding='utf8').splitlines()[1:]]
-    return [name for name, _ in lines], np.array([cell.split() for _, cell in lines], np.float32)
+        ids = [name.decode() if isinstance(name, bytes) else str(name) for name in ids.tolist()]
+        return ids, vectors
+    head, *lines = filter(str.strip, path.read_text(encoding='utf8').split('\n'))
+    if not re.fullmatch(r'\S+:token\t\S+:float_seq', head):
+        raise ValueError(f'the first line {head[:60]!r}, not item_id:token and a float_seq')
+    ids, rows = zip(*(line.split('\t') for line in lines))
+    return list(ids), np.array([row.split() for row in rows], np.float32)
 
 
 def from_file(path, n_items, ids):
@@ -599,22 +604,24 @@ def from_file(path, n_items, ids):
     try:
         names, vectors = read_vectors(path)
         if vectors.ndim != 2 or vectors.dtype.kind not in 'fiu' or 0 in vectors.shape:
-            raise ValueError(f'vectors of {vectors.dtype} and shape {vectors.shape}')
+            raise ValueError(f'vectors of {str(vectors.dtype)[:40]} and shape {vectors.shape}')
         if names is not None and not len(names) == len({*names}) == len(vectors):
             raise ValueError(f'{len(names)} ids, {len({*names})} of them different, for '
                              f'{len(vectors)} vectors')
     except DAMAGED as error:
-        raise ValueError(f'{path} holds {error}; expected what {repair} writes, a row of numbers '
-                         'for each id') from None
-    if names is None and len(vectors) != n_items:
-        raise ValueError(f'{path} holds {len(vectors)} rows for the {n_items} items that stay '
-                         f'after filtering; {repair} is aligned by id')
-    if names is not None:
+        raise ValueError(f'{path} holds {one_line(error)}; expected what {repair} writes, a row of '
+                         'numbers for each id') from None
+    if names is None:
+        if len(vectors) != n_items:
+            raise ValueError(f'{path} holds {len(vectors)} rows for the {n_items} items that stay '
+                             f'after filtering; {repair} is aligned by id')
+    else:
         row = {name: n for n, name in enumerate(names)}
-        missing = [name for name in ids or ['(no ids were given)'] if name not in row]
+        ids = list(map(str, ids if ids is not None else ['(no ids were given)']))
+        missing = [name for name in ids if name not in row]
         if missing:
-            raise ValueError(f'{path} lacks {len(missing)} of {n_items} items, such as '
-                             f'{", ".join(missing[:3])}; it holds {", ".join(names[:3])}')
+            raise ValueError(one_line(f'{path} lacks {len(missing)} of {n_items} items, such as '
+                                      f'{", ".join(missing[:3])}; it holds {", ".join(names[:3])}'))
         vectors = vectors[[row[name] for name in ids]]
     with np.errstate(over='ignore'):                 # encode says which are infinite then
         return vectors.astype(np.float32)
@@ -631,11 +638,9 @@ def endpoint():
     return base, key
 
 
-def post(path, body):
-    """The JSON that the endpoint answers to body. Broken connections, 429 and 5xx are tried again.
-
-    OSError with the server's words; error.status is its status, or None.
-    """
+def post(path, body, field):
+    """A field of the endpoint's JSON answer to body. Broken connections, 429 and 5xx are tried
+    again. OSError with the server's words; error.status is its status, or None."""
     (base, key), status = endpoint(), None
     again = Patience(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
@@ -647,36 +652,39 @@ def post(path, body):
             # a redirect could carry texts and key to another host
             answer = session.post(f'{base}/{path}', json=body, timeout=(10, 120), headers=headers,
                                   allow_redirects=False)
-        status = answer.status_code
-        if status != 200:
-            hint = status in (404, 405) and not base.endswith('/v1')
-            raise OSError(f'{status} {answer.text}' + '; OPENAI_BASE_URL mostly ends in /v1' * hint)
-        found = answer.json()
-        if not isinstance(found, dict) or found.get('error'):
-            raise OSError(f'no answer but {answer.text}')
-        return found
-    except (OSError, ValueError, RecursionError) as error:
-        said = ' '.join(str(error).split())
+        status, found = answer.status_code, None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = answer.json()
+        if status == 200 and isinstance(found, dict) and found.get(field):
+            return found[field]
+        hint = '' if base.endswith('/v1') else '; OPENAI_BASE_URL mostly ends in /v1'
+        raise OSError(f'{status} {answer.text[:300]}{hint}')
+    except (OSError, ValueError) as error:
+        said = one_line(error)
         for secret in (key, key.replace('/', '\\/'), quote(key, safe='')):
             said = said.replace(secret, '***') if len(key) > 9 else said       # EMPTY is none
-        error = OSError(f'{base}/{path}: {said[:300]}')
+        error = OSError(f'{base}/{path}: {said}')
         error.status = status
         raise error from None
 
 
-def read_answer(found, n_texts):
-    """(B, N) float32 of an embeddings answer: rows by their index, or as they come."""
-    rows = found['data']
-    if all('index' in row for row in rows):
-        rows = sorted(rows, key=lambda row: row['index'])
+def read_answer(rows, n_texts):
+    """(B, N) float32 of an embeddings answer: rows by their index, or as they come if none has one.
+    ValueError if they are no numbers, or zero."""
+    places = [row.get('index') or 0 for row in rows]       # some servers leave out the 0
+    if any(places):
+        if sorted(places) != list(range(n_texts)):
+            raise ValueError(f'indices {places}')
+        rows = sorted(rows, key=lambda row: row.get('index') or 0)
     vectors = [row['embedding'] for row in rows]
     if all(isinstance(vector, str) for vector in vectors):
         vectors = [np.frombuffer(base64.b64decode(vector), '<f4') for vector in vectors]
     vectors = np.array(vectors, float)
     if vectors.ndim != 2 or len(vectors) != n_texts or not vectors.any(1).all():
-        raise ValueError(f'expected {n_texts} lists of numbers that are not all zero')
-    with np.errstate(over='ignore'):                 # encode says which are infinite then
-        return vectors.astype(np.float32)
+        raise ValueError(f'not {n_texts} lists of numbers that are not all zero')
+    if not (np.abs(vectors) <= np.finfo(np.float32).max).all():
+        raise ValueError('NaN or infinity')
+    return vectors.astype(np.float32)
 
 
 def from_endpoint(texts, model, cache):
@@ -692,15 +700,15 @@ def from_endpoint(texts, model, cache):
 
     def ask(some):
         try:
-            found = post('embeddings', {'model': model, 'input': some})
-            return read_answer(found, len(some))
+            rows = post('embeddings', {'model': model, 'input': some}, 'data')
+            return read_answer(rows, len(some))
         except OSError as error:
             if error.status not in (400, 413, 422) or len(some) == 1:
                 raise OSError(f'{error} ({len(some)} texts from {some[0][:60]!r} on)') from None
             half = len(some) // 2                    # too many texts, or one of them too long
             return np.concatenate([ask(some[:half]), ask(some[half:])])
         except DAMAGED as error:
-            raise ValueError(f'{endpoint()[0]}: {error!r} in {str(found)[:200]}') from None
+            raise ValueError(f'{endpoint()[0]} answers with {one_line(error)}') from None
     rows, start = [], time.monotonic()
     for n in range(0, len(texts), REQUEST_TEXTS):
         some = texts[n:n + REQUEST_TEXTS]
@@ -731,7 +739,8 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
     MPNet and TF-IDF rows have norm 1 (a text without words is zero in TF-IDF); others stay as they
     are. ValueError or OSError, one line that says what to do.
     """
-    texts, path, cache = list(texts), Path(encoder).expanduser(), Path(cache).expanduser()
+    texts, encoder = list(texts), str(encoder)
+    path, cache = (Path(os.path.expanduser(name)) for name in (encoder, cache))
     wrong = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         raise ValueError(f'text {wrong} is a {type(texts[wrong]).__name__}; expected a string')
@@ -747,7 +756,7 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
         place = {text: n for n, text in enumerate(dict.fromkeys(texts))}       # each text once
         vectors = (from_endpoint([*place], encoder.removeprefix('openai:'), cache)
                    if encoder.startswith('openai:') else
-                   mpnet([*place], encoder if encoder == 'mpnet' else path, cache, device))
+                   mpnet([*place], None if encoder == 'mpnet' else path, cache, device))
         vectors = vectors[[place[text] for text in texts]]
     else:
         raise ValueError(f'encoder {encoder!r}: expected mpnet, tfidf, openai:MODEL, the folder of '

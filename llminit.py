@@ -21,6 +21,7 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -30,11 +31,12 @@ import scipy.sparse as sp
 
 STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'full')
 POOLS = {'mean': -1., 'sqrt': -.5, 'sum': 0.}              # power of |N_u| in eq. (1)
-# batch, Adam's learning rate, epochs without a better validation before training stops
+# Training: batch, learning rate of Adam, epochs without a better validation before it stops.
+# [paper], [authors' code], [ours] say where a number comes from.
 PAPER = dict(batch=256, lr=1e-3, patience=10)              # [authors' code]
-OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good, sooner]
-        'sgl': dict(batch=2048, lr=3e-3, patience=10),     # 28 of 29 runs: the same best epoch
-        'sgcl': PAPER}             # the rest of the batch competes: another batch, another loss
+OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good as PAPER in less time]
+        'sgl': dict(batch=2048, lr=3e-3, patience=10),     # [ours: 28 of 29 runs: as with 20]
+        'sgcl': PAPER}             # its negatives are in the batch: another size is another loss
 SAVED = ('users.npy', 'items.npy', 'run.json', 'recommendations.tsv')
 
 
@@ -42,26 +44,25 @@ def principal(vectors, K, whiten=0.):
     """The K principal components of centred vectors: (I, N) -> (I, K), widest first.
 
     Component k is divided by its standard deviation to the power `whiten` (0: PCA, 1: all equally
-    wide), then everything by one number, so that the norm of the whole stays that of PCA.
+    wide), then everything by one number, so that the Frobenius norm stays that of PCA.
     """
     centred = vectors - vectors.mean(axis=0, dtype=np.float64)                      # (I, N)
-    width, axes = np.linalg.eigh(centred.T @ centred / len(centred))                # (N,), (N, N)
-    width, axes = np.sqrt(np.maximum(width[::-1][:K], 0)), axes[:, ::-1][:, :K]     # (K,), (N, K)
-    if not width[-1] > 1e-6 * width[0]:
+    variance, axes = np.linalg.eigh(centred.T @ centred / len(centred))             # (N,), (N, N)
+    std, axes = np.sqrt(np.maximum(variance[::-1][:K], 0)), axes[:, ::-1][:, :K]    # (K,), (N, K)
+    if not std[-1] > 1e-6 * std[0]:
         raise ValueError(f'the vectors span fewer than K = {K} dimensions: choose a smaller K')
     axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(K)])     # eigenvectors have no sign
-    scaled = width ** (1 - whiten)
-    weight = width ** -whiten * np.linalg.norm(width) / np.linalg.norm(scaled)
+    weight = std ** -whiten * np.linalg.norm(std) / np.linalg.norm(std ** (1 - whiten))
     return (centred @ axes * weight).astype(vectors.dtype)
 
 
 def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
     """Make K of the N dimensions of item vectors: (I, N) -> (I, K). Section 3.1 of the paper.
 
-    'uni'    every floor(N/K)-th dimension, I = {k floor(N/K)}
+    'uni'    dimensions k floor(N/K), k = 0..K-1
     'rand'   K distinct dimensions drawn from rng (the authors' code draws with replacement)
-    'var'    the K dimensions of highest variance over all items; or, as in the authors' code with
-             popular=.2, over that share of the items with the highest `degree` (I,)
+    'var'    the K dimensions of highest variance over all items; popular=.2 counts only that share
+             of the items, those with the highest `degree` (I,), as the authors' code does
     Beyond the paper [ours]:
     'pca'    K principal components, see principal(), which `whiten` is for
     'full'   all N dimensions, whatever K is
@@ -71,9 +72,10 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     The selections keep values as they are. ValueError for K > N or vectors that are not finite.
     """
     I, N = vectors.shape
-    if strategy not in STRATEGIES[1:] or strategy in ('rand', 'noise') and rng is None:
-        raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(STRATEGIES[1:])}; '
-                         'rand and noise need rng, a numpy Generator')
+    if strategy not in STRATEGIES[1:]:
+        raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(STRATEGIES[1:])}')
+    if strategy in ('rand', 'noise') and rng is None or popular < 1 and degree is None:
+        raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree')
     if not 1 <= K <= N and strategy not in ('full', 'noise'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose K from 1 to {N}')
     if not np.isfinite(vectors).all():
@@ -102,12 +104,13 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
 def pool_users(train, items0, pool='mean'):
     """Start each user from the items of the training history: csr (U, I), (I, K) -> (U, K).
 
-    Section 3.2, eq. (1): u = sum_{i in N_u} v_i / |N_u| ('mean' [authors' code]; the scan of the
-    paper is unreadable here), or over sqrt|N_u| ('sqrt'), or undivided ('sum'). A user without
-    training items starts at zero.
+    Section 3.2, eq. (1): u = sum_{i in N_u} v_i / |N_u| ('mean', as in the authors' code; the
+    divisor in the scanned paper cannot be read), or over sqrt|N_u| ('sqrt'), or undivided ('sum').
+    A user without training items starts at zero.
     """
     size = np.diff(train.indptr)                                     # (U,) |N_u|
-    weight = np.repeat(np.maximum(size, 1) ** POOLS[pool], size).astype(items0.dtype)
+    weight = np.repeat(np.maximum(size, 1) ** POOLS[pool], size).astype(
+        np.result_type(items0, np.float32))
     history = sp.csr_matrix((weight, train.indices, train.indptr), train.shape)
     return history @ items0                                          # eq. (1), (U, K)
 
@@ -131,7 +134,7 @@ def result_row(args, K, scores, curve, seconds, flags):
     return {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
             'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}', 'K': K,
             'seed': args.seed, 'best epoch': best, 'seconds': round(seconds),
-            'command': ' '.join(flags) or '-'}
+            'command': shlex.join(flags) or '-'}
 
 
 def lines_of(row, head=True):
@@ -236,7 +239,7 @@ def parser():
     add('--tau', 'sgl, sgcl: temperature', default=.2, type=number(float, 1e-3, 100))
     add('--seen', 'keep: seen items stay in the ranking, as in the paper', default='mask',
         choices=('mask', 'keep'))
-    add('--preset', 'of the next three', default='ours', choices=('ours', 'paper'))
+    add('--preset', 'of --batch, --lr and --patience', default='ours', choices=('ours', 'paper'))
     add('--batch', 'interactions a step', type=number(int, 1))
     add('--lr', "Adam's learning rate", type=number(float, 1e-9, 100))
     add('--patience', 'epochs without a better validation', type=number(int, 1))
@@ -257,7 +260,7 @@ def parse(argv=None):
     if args.strategy == 'full' and args.model != 'morec' and args.dim:
         p.error('--strategy full keeps all dimensions: leave out --dim')
     if args.model == 'morec' and args.strategy not in ('none', 'noise'):
-        args.strategy = 'full'                     # its projection is its selection
+        args.strategy = 'full'                     # it learns a projection of all N dimensions
     preset = PAPER if args.preset == 'paper' else OURS.get(args.model, OURS[None])
     for name, value in {'dim': 128, **preset}.items():
         if getattr(args, name) is None:
@@ -266,8 +269,8 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """One run from data to result row, a line a stage. Under torchrun every process does all of it
-    with its share of the K dimensions; the first prints and saves."""
+    """One run from data to result row, a line a stage. Under torchrun every process does all of it,
+    and models.py gives each a share of the K dimensions; the first prints and saves."""
     args, started = parse(argv), time.time()
     import data
     import embed
@@ -278,7 +281,8 @@ def main(argv=None):
         check_folder(args.save)                    # what cannot be written shows now
 
     with models.in_turn():                         # the first process downloads and encodes
-        interactions, texts, titles, user_ids, item_ids, low = data.load(    # csr (U, I), I texts
+        # interactions and low, those rated low: csr (U, I); texts, titles, item_ids: [I]
+        interactions, texts, titles, user_ids, item_ids, low = data.load(
             args.dataset, args.data, min_rating=args.min_rating, core=args.core,
             columns=dict(args.columns or ()), text_columns=args.text_columns,
             timestamps=args.split == 'last')
@@ -300,7 +304,7 @@ def main(argv=None):
                                 log=say, **training(args))
     users, items = model.embeddings()                                        # (U, K), (I, K)
     seen = train + valid if args.seen == 'mask' else None
-    scores = models.evaluate(users, items, test, seen)                       # (n,) twice
+    scores = models.evaluate(users, items, test, seen)     # (n,) twice: the users with a test item
     row = result_row(args, items.shape[1], scores, curve, time.time() - started,
                      sys.argv[1:] if argv is None else argv)
     say(lines_of(row))
@@ -314,8 +318,10 @@ def command(argv=None):
     """The command line -> exit code: 2 and one line on stderr for bad input, 130 after Ctrl-C."""
     try:
         main(argv)
-    except (ValueError, OSError, MemoryError) as error:
-        complain(' '.join(str(error).split()) or 'not enough memory')
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and 'memory' not in str(error):     # torch's MemoryError
+            raise
+        complain(' '.join(str(error).split())[:1000] or 'not enough memory')
         return 2
     except KeyboardInterrupt:
         print('llminit: stopped', file=sys.stderr)

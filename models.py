@@ -34,7 +34,9 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import io
 import os
+import sys
 import time
 import warnings
 
@@ -83,19 +85,19 @@ def sending():
 
 @contextlib.contextmanager
 def in_turn():
-    """Run the block first in one process of each machine, then in the others, which find on the
-    disk what the first one downloaded or encoded. They wait up to an hour."""
-    first, wait = not int(os.environ.get('LOCAL_RANK') or 0), lambda: None
+    """Run the block first in one process of each machine, then silently in the others, which find
+    on the disk what the first one downloaded or encoded. They wait up to an hour."""
+    first, group = not int(os.environ.get('LOCAL_RANK') or 0), None
     if ranks()[1] > 1:
-        hour = datetime.timedelta(hours=1)
-        wait = functools.partial(dist.barrier, dist.new_group(backend='gloo', timeout=hour))
-    if not first:
+        group = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1))
+    if group and not first:
         with sending():
-            wait()
-    yield
-    if first:
+            dist.barrier(group)
+    with contextlib.redirect_stderr(sys.stderr if first else io.StringIO()):
+        yield
+    if group and first:
         with sending():
-            wait()
+            dist.barrier(group)
 
 
 def check_alike(settings, arrays, device):
