@@ -532,6 +532,21 @@ def outranked(users, items, pair_user, pair_item, need):
     return out
 
 
+def ranks_in(scores, target, taken=None):
+    """The rank of each row's target, from 0: (C, I), which changes, items (C,) -> (C,) numpy int64.
+
+    Items in taken (csr (C, I) or None) are not ranked, but the target is. An equal score, or one
+    that is not a number, counts as above.
+    """
+    row = np.arange(len(target))
+    own = scores[row, target]                                                           # (C,)
+    if taken is not None:
+        scores[np.repeat(row, np.diff(taken.indptr)), taken.indices] = -torch.inf
+        scores[row, target] = own
+    below = scores.lt_(own[:, None]).sum(1)                # in place, 0. or 1.: exact to 2^24 items
+    return scores.shape[1] - 1 - below.cpu().numpy().astype(np.int64)
+
+
 @torch.no_grad()
 def target_ranks(users, items, target, seen=None, k=None):
     """How many items rank above each target: (U, K), (I, K), csr (U, I) with P pairs -> (P,).
@@ -551,15 +566,9 @@ def target_ranks(users, items, target, seen=None, k=None):
     step = max(1, 2 ** 20 // len(items))                   # [ours: 4 MiB of scores, in the cache]
     buffer = items.new_empty(min(step, len(left)), len(items))
     for part in np.split(left, range(step, len(left), step)):
-        u, i = pair_user[part], pair_item[part]
-        row, scores = np.arange(len(u)), torch.mm(users[u], items.T, out=buffer[:len(u)])
-        own = scores[row, i]                                                            # (C,)
-        if seen is not None:
-            taken = seen[u]                                                             # (C, I)
-            scores[np.repeat(row, np.diff(taken.indptr)), taken.indices] = -torch.inf
-            scores[row, i] = own                           # the target competes though it is seen
-        below = scores.lt_(own[:, None]).sum(1)            # in place, 0. or 1.: exact to 2^24 items
-        ranks[part] = len(items) - 1 - below.cpu().numpy().astype(np.int64)
+        u = pair_user[part]
+        scores = torch.mm(users[u], items.T, out=buffer[:len(u)])                       # (C, I)
+        ranks[part] = ranks_in(scores, pair_item[part], None if seen is None else seen[u])
     return ranks
 
 
@@ -649,6 +658,37 @@ def optimiser(model, lr):
     return step
 
 
+def on_busy_cores(step, batch):
+    """step((3, B)) -> loss, with one thread where that is faster than with all of torch's.
+
+    Beside another busy program threads wait for each other at the end of every operation: a step
+    takes 2 to 30 times as long [measured]. The first three steps, with one thread, say what is to
+    be expected; where others are slower, one goes on alone for the next hundred, and meanwhile for
+    what the caller does. Figures stay the same [measured: MKL, 1 to 16 threads], but for the short
+    last batch, which therefore always has one.
+    """
+    threads, alone, shared, left = torch.get_num_threads(), [], [], 3
+
+    def timed(part):
+        nonlocal left
+        one = left > 0 or part.shape[1] < batch
+        torch.set_num_threads(1 if one else threads)
+        start = time.perf_counter()
+        loss = step(part)
+        seconds = time.perf_counter() - start
+        left = max(0, left - 1)
+        if len(alone) < 3:
+            alone.append(seconds)
+        elif not one:
+            shared.append(seconds / np.median(alone))
+            if len(shared) == 5 or shared[-1] > 4:
+                left = 100 * int(shared[-1] > 4 or np.median(shared) > 1.2)
+                shared.clear()
+        torch.set_num_threads(1 if left else threads)
+        return loss
+    return timed
+
+
 def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=300, batch=256,
           lr=1e-3, patience=10, device='cpu', log=functools.partial(print, flush=True),
           **settings):
@@ -671,12 +711,14 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     if name == 'morec':
         settings['rng'] = rng
     model = MODELS[name](adjacency(observed), users0, items0, device=device, **settings)
-    step, seen = optimiser(model, lr), observed if mask_seen else None
-    best, best_epoch, curve = -1., 0, []
+    step = on_busy_cores(optimiser(model, lr), batch)
+    seen = observed if mask_seen else None
+    best, best_epoch, curve, threads = -1., 0, [], torch.get_num_threads()
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         loss = train_epoch(model, step, observed, batch, rng)
         if not np.isfinite(loss):
+            torch.set_num_threads(threads)
             raise ValueError(f'training diverged in epoch {epoch}: the loss is {loss}')
         recall, ndcg = (np.mean(x) if valid.nnz else np.nan
                         for x in evaluate(*model.embeddings(), valid, seen))
@@ -691,5 +733,6 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
             f'  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
         if epoch - best_epoch >= patience:
             break
+    torch.set_num_threads(threads)
     model.load_state_dict(kept)
     return model, curve

@@ -791,6 +791,40 @@ class TestTraining:
         with pytest.raises(ValueError, match='diverged in epoch 1'):
             models.train('bpr', observed, none, ones((2, 2)) * 1e30, ones((3, 2)) * 1e30, rng)
 
+    @pytest.mark.parametrize('seconds, expected', [       # a step with one thread takes one second
+        (.6, [1, 1, 1] + [2] * 20), (1.1, [1, 1, 1] + [2] * 20),
+        (1.5, [1, 1, 1] + ([2] * 5 + [1] * 100) * 2), (30, [1, 1, 1] + ([2] + [1] * 100) * 2)])
+    def test_one_thread_goes_on_alone_while_all_are_slower(self, seconds, expected, monkeypatch):
+        now, threads, used = [0.], [2], []
+        monkeypatch.setattr(torch, 'set_num_threads', lambda n: threads.append(n))
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads[-1])
+        monkeypatch.setattr(models.time, 'perf_counter', lambda: now[0])
+
+        def step(part):
+            used.append(threads[-1])
+            now[0] += 1 if used[-1] == 1 else seconds
+            return len(used)
+        timed = models.on_busy_cores(step, 8)
+        assert [timed(torch.zeros(3, 8)) for _ in expected] == [*range(1, len(expected) + 1)]
+        assert used == expected
+        timed(torch.zeros(3, 7))
+        assert used[-1] == 1                               # the short last batch
+
+    @pytest.mark.parametrize('name', models.MODELS)
+    def test_threads_change_no_figure(self, name, monkeypatch):
+        observed, found, before = random_graph(300, 200, .1), [], torch.get_num_threads()
+        start = [np.random.default_rng(1).normal(0, .1, (n, 32)).astype(np.float32)
+                 for n in observed.shape]
+        for threads in (1, 2):
+            monkeypatch.setattr(models, 'on_busy_cores', lambda step, batch: lambda part: (
+                torch.set_num_threads(threads if part.shape[1] == batch else 1), step(part))[1])
+            model, curve = models.train(name, observed, observed, *start, np.random.default_rng(0),
+                                        epochs=2, batch=256, log=lambda line: None)
+            found.append(([epoch['loss'] for epoch in curve], *model.embeddings()))
+        assert torch.get_num_threads() == before           # training gives them back
+        assert found[0][0] == found[1][0]
+        assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
+
 
 def joined(W, function, *args):
     """function(*args) in each of W processes that models.join() will join -> their results, what

@@ -1,7 +1,8 @@
 """Seconds per training epoch and per full validation, ours and RecBole's, in one run.
 
-    python experiments/bench.py --data DIR                          # ours alone
+    python experiments/bench.py --data DIR                           # ours alone
     python experiments/bench.py --data DIR --peer PEER/bin/python    # beside RecBole
+    ... --busy                                                       # with a busy third process
 
 Same interactions (beauty after filtering), same K = 128, L = 2, batch 256, Adam. The peer is
 RecBole 1.2.1, whose requirements clash with ours, so it lives in an environment of its own:
@@ -10,11 +11,13 @@ RecBole 1.2.1, whose requirements clash with ours, so it lives in an environment
     PEER/bin/pip install torch==2.13.0 recbole==1.2.1 "numpy<2" "scipy<1.13" "pandas<2.3" \
         "setuptools<80"
 
-Both are run in turns, `--rounds` times, each in a process of its own; what is printed are medians
-over all rounds and the ratio, because one machine is never twice the same. Not a test: it asserts
-nothing.
+Both are run in turns, `--rounds` times, each in a process of its own, with torch's threads and the
+environment as they are; what is printed are medians over all rounds and the ratio, because one
+machine is never twice the same. --busy starts a Python loop of equal priority beside them and ends
+it. Not a test: it asserts nothing.
 """
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -35,8 +38,7 @@ torch.load = lambda *a, **k: load(*a, **{**k, 'weights_only': False})
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
-folder, name, batch, epochs, threads = sys.argv[1:6]
-torch.set_num_threads(int(threads))
+folder, name, batch, epochs = sys.argv[1:5]
 config = Config(model=name, dataset='bench', config_dict=dict(
     data_path=folder, load_col={'inter': ['user_id', 'item_id']}, embedding_size=128, n_layers=2,
     train_batch_size=int(batch), eval_batch_size=2 ** 22, learning_rate=1e-3,
@@ -64,20 +66,18 @@ print(json.dumps(out))
 PEER_NAMES = {'lightgcn': 'LightGCN', 'sgl': 'SGL', 'bpr': 'BPR'}
 
 
-def ours(folder, name, batch, epochs, threads, dataset):
+def ours(folder, name, batch, epochs, dataset):
     """Our seconds of each epoch and validation."""
     sys.path.insert(0, str(ROOT))
     import data
     import llminit
     import models
     import numpy as np
-    import torch
-    torch.set_num_threads(threads)
     rng = np.random.default_rng(0)
     train, valid, _ = data.split(data.load(dataset, folder)[0], rng)
     start = [llminit.xavier(rng, n, 128) for n in train.shape]
     model = models.MODELS[name](models.adjacency(train), *start)
-    step = models.optimiser(model, 1e-3)
+    step = models.on_busy_cores(models.optimiser(model, 1e-3), batch)
     out = {'epoch': [], 'valid': []}
     for _ in range(epochs):
         began = time.perf_counter()
@@ -109,6 +109,18 @@ def measure(command, folder=None):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@contextlib.contextmanager
+def neighbour(busy):
+    """A process that keeps one core busy, if asked for, ended in any case."""
+    process = busy and subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--data', default='data', help='where the datasets lie')
@@ -117,16 +129,16 @@ def main():
     p.add_argument('--batch', type=int, default=256)
     p.add_argument('--epochs', type=int, default=3, help='in each round')
     p.add_argument('--rounds', type=int, default=2)
-    p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--busy', action='store_true', help='beside a busy process')
     p.add_argument('--peer', help='python of an environment with recbole 1.2.1')
     p.add_argument('--only', help=argparse.SUPPRESS)             # one round of ours, here
     args = p.parse_args()
     peer = args.peer and os.path.abspath(shutil.which(args.peer) or args.peer)     # from anywhere
     if args.only:
-        return ours(args.data, args.only, args.batch, args.epochs, args.threads, args.dataset)
+        return ours(args.data, args.only, args.batch, args.epochs, args.dataset)
     print('| model | what | ours, s | RecBole, s | RecBole / ours |')
     print('| --- | --- | --- | --- | --- |')
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, neighbour(args.busy):
         write_for_peer(args, Path(scratch))
         for name in args.models:
             mine, theirs = [], []
@@ -134,7 +146,7 @@ def main():
                 mine.append(measure([sys.executable, __file__, *sys.argv[1:], '--only', name]))
                 if peer:
                     theirs.append(measure([peer, '-c', PEER, scratch, PEER_NAMES[name],
-                                           args.batch, args.epochs, args.threads], scratch))
+                                           args.batch, args.epochs], scratch))
             for what in ('epoch', 'valid'):
                 a, b = (statistics.median(s for run in runs for s in run[what]) if runs else None
                         for runs in (mine, theirs))

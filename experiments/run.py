@@ -125,21 +125,36 @@ def identity(settings, training):
     return json.dumps([{**settings, 'preset': None}, training], sort_keys=True)
 
 
-def result(args, scores, curve, model, seconds, train, test, device):
-    """The row of a finished run in the results file: a dict."""
-    best = [epoch for epoch in curve if epoch['best']][-1]
+def fit(args, train, valid, vectors, rng, device, log):
+    """Start and train a model of models.py -> users (U, K), items (I, K), curve, and what a row
+    says of the model besides: a dict."""
+    if vectors is None:
+        users0, items0 = (llminit.xavier(rng, n, args.dim) for n in train.shape)
+    else:
+        items0 = llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
+                                     popular=args.popular, degree=train.getnnz(axis=0))
+        users0 = llminit.pool_users(train, items0, args.pool)
+    model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
+                                log=log, **args.training)
+    users, items = model.embeddings()
     tables = model.table.detach().split([model.n_users, train.shape[1]])
-    tables = model.embeddings() if args.model == 'morec' else tables     # its table is frozen
+    tables = (users, items) if args.model == 'morec' else tables         # its table is frozen
+    return users, items, curve, {'K': model.K, 'parameters': model.table.numel(), 'spectrum': dict(
+        zip(('users', 'items'), map(spectrum, tables)))}
+
+
+def result(args, scores, curve, model, seconds, train, test, device):
+    """The row of a finished run in the results file: a dict. model: the last value of fit()."""
+    best = [epoch for epoch in curve if epoch['best']][-1]
     degree = train.getnnz(axis=1)[test.getnnz(axis=1) > 0]                          # (n,)
     group = np.searchsorted(ACTIVITY, degree, side='right') - 1
     apart = {str(ACTIVITY[g]): {'users': int((group == g).sum()),
                                 **means([score[group == g] for score in scores])}
              for g in np.unique(group)}
-    return {'settings': settings_of(args), 'training': llminit.training(args),
+    return {'settings': settings_of(args), 'training': args.training,
             'test': means(scores), 'valid': {'Recall@10': best['recall'], 'NDCG@10': best['ndcg']},
-            'best epoch': best['epoch'], 'K': model.K, 'parameters': model.table.numel(),
-            'seconds': seconds, 'by training interactions, from': apart,
-            'spectrum': dict(zip(('users', 'items'), map(spectrum, tables))),
+            'best epoch': best['epoch'], 'seconds': seconds, **model,
+            'by training interactions, from': apart,
             'ranks': pack(scores[1]), 'test split': digest(test),
             'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
                       for epoch in curve],
@@ -185,7 +200,8 @@ def check_file(path):
 def parse(argv):
     """The command line -> the arguments of each run, [args] as of llminit.parse, and --results.
 
-    args.cold is --cold, args.flags the command line of llminit.py for this run alone.
+    args.cold is --cold, args.flags the command line of llminit.py for this run alone,
+    args.training the arguments of models.train.
     """
     p = llminit.Parser(prog='run.py', allow_abbrev=False, description=__doc__.split('\n')[0],
                        epilog='Other flags: python llminit.py --help')
@@ -210,7 +226,8 @@ def parse(argv):
         except (ValueError, argparse.ArgumentTypeError) as error:
             p.error(f'--cold: {error}')
         args.flags = [*flags, *rest, f'--seed={seed}'] + [f'--cold={cold}'] * bool(args.cold)
-        cells[identity(settings_of(args), llminit.training(args))] = args
+        args.training = llminit.training(args)
+        cells[identity(settings_of(args), args.training)] = args
     return list(cells.values()), own.results
 
 
@@ -221,7 +238,7 @@ def once(known, key, compute):
     return known[key]
 
 
-def run(args, known, log):
+def run(args, known, log, fit=fit):
     """One run from data to result, the stages of llminit.main() with thin() among them -> its
     row in the table and its row in the results file. known: a dict, for once()."""
     started, rng = time.time(), np.random.default_rng(args.seed)
@@ -234,20 +251,13 @@ def run(args, known, log):
         columns=dict(args.columns or ()), text_columns=args.text_columns, timestamps=last))
     train, valid, test = data.split(interactions, rng, last)
     train = thin(train, args.cold, rng)
-    if args.strategy == 'none':
-        users0, items0 = (llminit.xavier(rng, n, args.dim) for n in train.shape)
-    else:
-        vectors = once(known, (source, args.encoder), lambda: embed.encode(
-            texts, args.encoder, ids=item_ids, cache=args.cache, device=device))
-        items0 = llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
-                                     popular=args.popular, degree=train.getnnz(axis=0))
-        users0 = llminit.pool_users(train, items0, args.pool)
-    model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
-                                log=log, **llminit.training(args))
-    users, items = model.embeddings()
+    vectors = args.strategy != 'none' and once(known, (source, args.encoder), lambda: embed.encode(
+        texts, args.encoder, ids=item_ids, cache=args.cache, device=device))
+    users, items, curve, model = fit(args, train, valid, None if vectors is False else vectors, rng,
+                                     device, log)
     scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
     seconds = time.time() - started
-    return (llminit.result_row(args, model.K, scores, curve, seconds, args.flags),
+    return (llminit.result_row(args, model['K'], scores, curve, seconds, args.flags),
             result(args, scores, curve, model, seconds, train, test, device))
 
 
@@ -277,9 +287,8 @@ def live(where, line):
         print(f'\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', file=sys.stderr)
 
 
-def main(argv=None):
+def grid(cells, path, fit=fit):
     """Run what the results file does not hold yet -> exit code: 2 if a run failed."""
-    cells, path = parse(argv)
     check_file(path)
     known, failed, head, clear = {}, 0, True, '\r\x1b[K' * sys.stderr.isatty()
     if damaged := read_results(path)[1]:
@@ -288,14 +297,14 @@ def main(argv=None):
         rows, _ = read_results(path)
         done = {identity(row['settings'], row['training']) for row in rows}
         left = [cell for cell in cells[n:]
-                if identity(settings_of(cell), llminit.training(cell)) not in done]
+                if identity(settings_of(cell), cell.training) not in done]
         if args not in left:
             continue
         where = f'{n + 1} of {len(cells)}, {time_left(left, rows)}, {called(args)}'
         if not sys.stderr.isatty():
             print(f'run {where}', file=sys.stderr)
         try:
-            told, row = run(args, known, lambda line: live(where, line))
+            told, row = run(args, known, lambda line: live(where, line), fit)
         except (ValueError, OSError, MemoryError) as error:
             failed += 1
             print(f'{clear}run.py: error: {" ".join(str(error).split())} ({called(args)})',
@@ -308,10 +317,10 @@ def main(argv=None):
     return 2 if failed else 0
 
 
-def command(argv=None):
+def command(argv=None, parse=parse, fit=fit):
     """The command line -> exit code."""
     try:
-        return main(argv)
+        return grid(*parse(argv), fit)
     except (ValueError, OSError) as error:
         print(f'run.py: error: {error}', file=sys.stderr)
         return 2

@@ -5,12 +5,15 @@
     torchrun --nproc-per-node=2 experiments/scale.py graph --users 400000 --items 200000 \
         --interactions 5000000 --dim 256 --batch 500000
     torchrun --nproc-per-node=2 experiments/scale.py step --data DIR
+    python experiments/scale.py stages --data DIR --dataset beauty
 
 rows    writes a CSV of n ratings with a Zipf tail, reads, filters and splits it
 graph   builds A_hat of a synthetic graph, then trains one epoch of LightGCN on it, alone or with
         torchrun; --build-only
 step    per process of torchrun: peak memory, parameters, and bytes of the messages (all-reduce,
         broadcast) of one training step and one validation of LightGCN, SGL and SGCL on a dataset
+stages  runs llminit.py with var, MPNet's weights in the cache and no vectors: seconds and peak
+        memory by stage
 
 Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
 """
@@ -133,9 +136,42 @@ def step(args):
                   f'{np.median(seconds) * 1e3:.1f} | {peak():.2f} |', flush=True)
 
 
+def stages(args):
+    """A row for each stage of llminit.main(), and the peak of memory so far at its end."""
+    began = time.perf_counter()
+    import data
+    import embed
+    import llminit
+    import models
+    spent = {'import': [time.perf_counter() - began, peak()]}
+
+    def measured(name, work):
+        def stage(*args, **more):
+            start = time.perf_counter()
+            out = work(*args, **more)
+            seconds = spent.get(name, [0])[0] + time.perf_counter() - start
+            spent[name] = [seconds, peak()]
+            return out
+        return stage
+    for module, *names in ((data, 'load', 'split'), (llminit, 'select_dims', 'pool_users'),
+                           (embed, 'encode'), (models, 'train', 'evaluate')):
+        for name in names:
+            setattr(module, name, measured(name, getattr(module, name)))
+    with tempfile.TemporaryDirectory() as cache:
+        Path(cache, 'all-mpnet-base-v2').symlink_to(
+            Path('~/.cache/llminit/all-mpnet-base-v2').expanduser())
+        measured('all', llminit.main)(['--data', args.data, '--dataset', args.dataset,
+                                       '--cache', cache])
+    spent['all'][0] += spent['import'][0]
+    spent['train'][0] -= spent['evaluate'][0]              # all but one are within training
+    print('| stage | s | peak GiB |\n| --- | --- | --- |')
+    for name, (seconds, memory) in spent.items():
+        print(f'| {name} | {seconds:.2f} | {memory:.2f} |')
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=('rows', 'graph', 'step'))
+    p.add_argument('what', choices=('rows', 'graph', 'step', 'stages'))
     p.add_argument('--n', type=int, default=10 ** 7, help='rows')
     p.add_argument('--users', type=int, default=2 * 10 ** 6)
     p.add_argument('--items', type=int, default=10 ** 6)
@@ -148,7 +184,7 @@ def main():
     args = p.parse_args()
     args.dim = args.dim or (64 if args.what == 'graph' else 128)
     args.batch = args.batch or (2 ** 21 if args.what == 'graph' else 256)
-    {'rows': rows, 'graph': graph, 'step': step}[args.what](args)
+    {'rows': rows, 'graph': graph, 'step': step, 'stages': stages}[args.what](args)
 
 
 if __name__ == '__main__':
