@@ -23,6 +23,7 @@ import data  # noqa: E402
 import embed  # noqa: E402
 import llminit  # noqa: E402
 import models  # noqa: E402
+import peers  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from test_llminit import main_on, random_graph, started, write_planted  # noqa: E402
@@ -374,3 +375,85 @@ class TestAmazon2014:
             with pytest.raises(SystemExit, match='^amazon2014: .+$'):
                 amazon2014.main([str(tmp_path / name), str(tmp_path / 'm.gz'), str(tmp_path / 'd')])
         assert not list((tmp_path / 'd').glob('*.inter'))
+
+
+def without(target, X, ridge, pull=0, C=None):
+    """Regression of each column on the others, one at a time: what EASE and L3AE solve at once."""
+    B = np.zeros((X.shape[1],) * 2)
+    for j in range(len(B)):
+        rest = np.arange(len(B)) != j
+        left, right = X[:, rest], X[:, rest].T @ target[:, j]
+        right = right if C is None else right + pull * C[rest, j]
+        B[rest, j] = np.linalg.solve(left.T @ left + ridge * np.eye(len(B) - 1), right)
+    return B
+
+
+class TestPeers:
+    def test_closed_forms_are_regressions_on_the_other_items(self):
+        rng = np.random.default_rng(0)
+        train, vectors = random_graph(40, 12, .3), rng.normal(size=(12, 5)).astype(np.float32)
+        X, F = train.toarray().astype(float), vectors / np.linalg.norm(vectors, axis=1)[:, None]
+        found = {tuple(settings.values()): B.numpy() for name in ('ease', 'l3ae')
+                 for settings, B in peers.closed_forms(name, train, vectors)}
+        assert len(found) == 4 + 4 ** 3
+        for values in ((50,), (400,), (100, 3, .99), (50, 30, .9)):
+            ridge, r, share = (*values, None, None)[:3]
+            C = None if r is None else without(F.T, F.T, r)
+            expected = without(X, X, ridge, *((share * ridge, C) if r else ()))
+            np.testing.assert_allclose(found[values], expected, atol=2e-6)
+
+    def test_alpharec_is_its_formula_with_gradients(self):
+        rng, train = np.random.default_rng(0), random_graph(9, 12, .3)
+        vectors = rng.normal(size=(12, 6)).astype(np.float32)
+        model = peers.AlphaRec(train, vectors, K=4)
+        F = vectors / np.linalg.norm(vectors, axis=1)[:, None]
+        start = torch.from_numpy(np.concatenate([llminit.pool_users(train, F), F]))
+        A = torch.from_numpy(models.adjacency(train).toarray())
+        z0 = model.mlp(start)
+        z = (z0 + A @ z0 + A @ A @ z0) / 3
+        z = z / z.norm(dim=1, keepdim=True)
+        users, positives = torch.tensor([0, 3]), torch.tensor([1, 5])
+        negatives = torch.tensor([[2, 3, 3], [0, 1, 11]])
+        each = []
+        for u, i, others in zip(users, positives, negatives):
+            scores = torch.stack([z[u] @ z[9 + j] for j in (i, *others)]) / .15
+            each.append(-scores.log_softmax(0)[0])
+        expected, loss = sum(each) / 2, model.loss(users, positives, negatives)
+        assert abs(loss - expected).item() < 1e-6
+        weights = list(model.mlp.parameters())
+        for a, b in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)):
+            assert torch.allclose(a, b, atol=1e-6)
+
+    @pytest.mark.parametrize('masked', [True, False])
+    def test_scores_of_a_closed_form_are_those_of_evaluate(self, masked):
+        train, target = random_graph(30, 20, .3), sp.csr_matrix(np.eye(30, 20, dtype=np.float32))
+        B = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+        seen = train if masked else None
+        users = torch.from_numpy(train.toarray())
+        _, ndcg = models.evaluate(users, B.T.contiguous(), target, seen)
+        assert abs(peers.closed_ndcg(train, B, target, seen) - ndcg.mean()) < 1e-12
+
+    def test_a_grid_of_peers_is_kept_and_tabled_beside_ours(self, own, tmp_path, capsys,
+                                                            monkeypatch):
+        for name, value in (('epochs', 2), ('batch', 64)):
+            monkeypatch.setitem(peers.GRIDS['alpharec'], name, value)
+        results, flags = tmp_path / 'r.jsonl', ['--dataset', str(own), '--encoder', 'tfidf',
+                                                '--seeds', '2', '--cold', '.2']
+        assert grid(own, results, *flags[2:], '--strategy', 'none') == 0
+        for _ in range(2):
+            assert run.command([*flags, '--results', str(results)], peers.parse, peers.fit) == 0
+        rows, _ = run.read_results(results)
+        assert [row['settings']['model'] for row in rows] == ['lightgcn'] * 2 + [
+            'ease', 'l3ae', 'alpharec'] * 2
+        assert rows[2]['chosen']['lambda'] in peers.LAMBDAS
+        assert rows[4]['chosen']['lr'] in peers.RATES
+        capsys.readouterr()
+        report.main(['table', str(results), '--show', 'cost'])
+        out = capsys.readouterr().out
+        assert all(f'| {name} |' in out for name in ('lightgcn', 'ease', 'l3ae', 'alpharec'))
+        assert rows[3]['parameters'] == rows[2]['parameters'] == 60 ** 2
+        with pytest.raises(SystemExit):
+            peers.parse(['--model', 'svd'])
+        report.main(['table', str(results), '--show', 'spectrum'])
+        with pytest.raises(SystemExit, match='no K'):
+            report.main(['plot', str(tmp_path / 'a.png'), str(results), '--x', 'dim'])

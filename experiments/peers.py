@@ -1,0 +1,182 @@
+"""What one would pick instead: EASE, L3AE and AlphaRec on our splits, protocols and results files.
+
+    python experiments/peers.py --model ease,l3ae,alpharec --dataset office,beauty --seeds 3 \
+        --results experiments/peers.jsonl
+
+EASE      a closed form without text (Steck 2019, arXiv 1905.03375): scores X B, B of I^2 numbers
+L3AE      EASE, pulled towards an EASE over the item vectors (CIKM 2025, arXiv 2508.13500)
+AlphaRec  an MLP over frozen item vectors, propagated; contrastive loss (ICLR 2025, arXiv
+          2407.05441)
+
+Flags are those of run.py; --strategy and what sets a training have no effect. Settings are chosen
+on the validation items of each run, from the grids below, and the seconds are those of the whole
+choice. B is dense: 6,086 items take 150 MB and two minutes, 50,000 items would take 10 GB.
+Nothing here is copied from the authors' code.
+
+X: csr (U, I) of training. F: (I, N) vectors of length 1. P, C, B: (I, I).
+"""
+import sys
+import time
+
+import numpy as np
+import run
+import torch
+from run import llminit, models
+
+LAMBDAS = 50, 100, 200, 400            # EASE and L3AE: regulariser of the interactions
+RIDGES = 1, 3, 10, 30                  # L3AE: regulariser of the text
+SHARES = .9, .97, .99, .999            # L3AE: share of lambda that pulls towards the text
+RATES = 1e-4, 5e-4, 2e-3               # AlphaRec: learning rate; 5e-4 in the paper
+GRIDS = {'ease': {'lambda': LAMBDAS}, 'l3ae': {'lambda': LAMBDAS, 'r': RIDGES, 'share': SHARES},
+         'alpharec': {'lr': RATES, 'epochs': 200, 'batch': 4096, 'patience': 20}}
+
+
+def unit(vectors):
+    """Rows of length 1; a row of zeros stays: (I, N) -> tensor (I, N)."""
+    return torch.nn.functional.normalize(torch.from_numpy(vectors))
+
+
+def inverse(gram, ridge):
+    """(gram + ridge Id)^-1 of a symmetric tensor (I, I)."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge * torch.eye(len(gram))))
+
+
+def ease(P):
+    """B that minimises |X - X B|^2 + lambda |B|^2 with zero diagonal, P = (X'X + lambda Id)^-1."""
+    return (-P / P.diagonal()).fill_diagonal_(0)
+
+
+def l3ae(P, PC, pull):
+    """B that minimises |X - X B|^2 + (lambda - pull) |B|^2 + pull |B - C|^2 with zero diagonal.
+
+    PC = P C, C the EASE of the text. Without the zero diagonal B is Id - lambda P + pull P C; a
+    multiplier for each column, times P, makes it zero.
+    """
+    return (pull * PC - P * ((1 + pull * PC.diagonal()) / P.diagonal())).fill_diagonal_(0)
+
+
+def closed_forms(name, train, vectors):
+    """Yields ({setting: value}, B) of the grid."""
+    gram = torch.from_numpy((train.T @ train).toarray())                            # (I, I)
+    if name == 'l3ae':
+        F = unit(vectors)
+        texts = {ridge: ease(inverse(F @ F.T, ridge)) for ridge in RIDGES}
+    for ridge in LAMBDAS:
+        P = inverse(gram, ridge)
+        if name == 'ease':
+            yield {'lambda': ridge}, ease(P)
+            continue
+        for r, C in texts.items():
+            PC = P @ C
+            for share in SHARES:
+                yield {'lambda': ridge, 'r': r, 'share': share}, l3ae(P, PC, share * ridge)
+
+
+class AlphaRec(torch.nn.Module):
+    """Item vectors (I, N), users their means (U, N); all through one MLP, then propagated."""
+
+    def __init__(self, train, vectors, K=64, tau=.15):
+        super().__init__()
+        items, N = unit(vectors).numpy(), vectors.shape[1]
+        start = np.concatenate([llminit.pool_users(train, items), items])
+        self.text, self.n_users, self.tau = torch.from_numpy(start), train.shape[0], tau
+        self.graphs = [models.adjacency(train)] * 2
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(N, N // 2), torch.nn.LeakyReLU(),
+                                       torch.nn.Linear(N // 2, K))
+
+    def forward(self):
+        """Users (U, K) and items (I, K), of length 1."""
+        z = models.Propagate.apply(self.mlp(self.text), self.graphs)
+        return torch.nn.functional.normalize(z).split([self.n_users, len(z) - self.n_users])
+
+    def loss(self, users, positives, negatives):
+        """Softmax over the positive and the negatives: (B,), (B,), (B, 256) -> mean, scalar."""
+        users0, items0 = self()
+        u, negatives = users0[users], items0[negatives]                    # (B, K), (B, 256, K)
+        own = (u * items0[positives]).sum(1, keepdim=True)                 # (B, 1)
+        logits = torch.cat([own, (negatives @ u[:, :, None])[:, :, 0]], 1) / self.tau
+        return (logits.logsumexp(1) - logits[:, 0]).mean()
+
+
+def train_alpharec(train, vectors, lr, score, rng, log):
+    """-> validation NDCG@10, (users (U, K), items (I, K)) of the best epoch, and its number."""
+    how, active = GRIDS['alpharec'], np.flatnonzero(np.diff(train.indptr))
+    torch.manual_seed(int(rng.integers(2 ** 31)))
+    model, best = AlphaRec(train, vectors), (-1., None, 0)
+    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    for epoch in range(1, how['epochs'] + 1):
+        for _ in range(-(-train.nnz // how['batch'])):     # a user, then an item
+            users = rng.choice(active, how['batch'])
+            place = train.indptr[users] + rng.integers(0, np.diff(train.indptr)[users])
+            others = models.sample_negatives(train, users.repeat(256), rng).reshape(-1, 256)
+            adam.zero_grad()
+            model.loss(*map(torch.from_numpy, (users, train.indices[place], others))).backward()
+            adam.step()
+        with torch.no_grad():
+            tables = model()
+        ndcg = score(*tables)
+        if ndcg > best[0]:
+            best = ndcg, tables, epoch
+        log(f'epoch {epoch:3d}  valid NDCG@10 {ndcg:.4f}  best {best[0]:.4f} at {best[2]:3d}')
+        if epoch - best[2] >= how['patience']:
+            break
+    return best
+
+
+def closed_ndcg(train, B, target, seen):
+    """Mean NDCG@10 of scores X B, as of models.evaluate; one target a user. X stays sparse."""
+    user, item = target.nonzero()
+    ranks = [models.ranks_in(models.spmm(train[user[part]], B), item[part],
+                             None if seen is None else seen[user[part]])
+             for part in np.array_split(np.arange(len(user)), 1 + len(user) // 200)]
+    ranks = np.concatenate(ranks)
+    return np.where(ranks < 10, 1 / np.log2(2 + ranks), 0).mean()
+
+
+def fit(args, train, valid, vectors, rng, device, log):
+    """The best of the grid on validation, as run.fit() gives a model. The users of a closed form
+    are their interactions (U, I), its items the columns of B."""
+    started, seen, best = time.time(), train if args.seen == 'mask' else None, (-1.,)
+    if args.model == 'alpharec':
+        def score(users, items):
+            return models.evaluate(users, items, valid, seen)[1].mean()
+        for lr in RATES:
+            ndcg, tables, epoch = train_alpharec(train, vectors, lr, score, rng, log)
+            best = max(best, (ndcg, {'lr': lr}, tables, epoch), key=lambda found: found[0])
+        (users, items), K, N = best[2], best[2][1].shape[1], vectors.shape[1]
+        parameters = (N + 1) * (N // 2) + (N // 2 + 1) * K
+    else:
+        for n, (settings, B) in enumerate(closed_forms(args.model, train, vectors), 1):
+            ndcg = closed_ndcg(train, B, valid, seen)
+            best = max(best, (ndcg, settings, B, 1), key=lambda found: found[0])
+            log(f'epoch {n:3d}  valid NDCG@10 {ndcg:.4f}  best {best[0]:.4f} at {n:3d}')
+        users, items, K = torch.from_numpy(train.toarray()), best[2].T.contiguous(), 'I'
+        parameters = items.numel()
+    recall, ndcg = (score.mean() for score in models.evaluate(users, items, valid, seen))
+    curve = [dict(epoch=best[3], loss=0., recall=recall, ndcg=ndcg, best=True,
+                  seconds=time.time() - started)]
+    return users, items, curve, {'K': K, 'parameters': parameters, 'chosen': best[1]}
+
+
+def parse(argv):
+    """The command line -> the arguments of each run, as run.parse gives, and --results."""
+    p = llminit.Parser(prog='peers.py', allow_abbrev=False, add_help=False)
+    p.add_argument('--model', default='ease,l3ae,alpharec')
+    own, rest = p.parse_known_args(argv)
+    cells, path = run.parse([*rest, '--model=lightgcn'])
+    out = {}
+    for name in own.model.split(','):
+        if name not in GRIDS:
+            p.error(f'model {name!r}: expected some of {",".join(GRIDS)}')
+        for cell in cells:
+            args = llminit.argparse.Namespace(**vars(cell))
+            args.model, args.strategy = name, 'none' if name == 'ease' else 'full'
+            args.training = {'mask_seen': args.seen == 'mask', **GRIDS[name]}
+            args.flags = [flag for flag in args.flags if flag != '--model=lightgcn']
+            args.flags.append(f'--model={name}')
+            out[run.identity(run.settings_of(args), args.training)] = args
+    return sorted(out.values(), key=lambda args: args.seed), path
+
+
+if __name__ == '__main__':
+    sys.exit(run.command(sys.argv[1:], parse, fit))
