@@ -28,8 +28,9 @@ import time
 
 import numpy as np
 import scipy.sparse as sp
+import scipy.sparse.linalg
 
-STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'full')
+STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'full')
 POOLS = {'mean': -1., 'sqrt': -.5, 'sum': 0.}              # power of |N_u| in eq. (1)
 # Training: batch, learning rate of Adam, epochs without a better validation before it stops.
 # [paper], [authors' code], [ours] say where a number comes from.
@@ -56,7 +57,30 @@ def principal(vectors, K, whiten=0.):
     return (centred @ axes * weight).astype(vectors.dtype)
 
 
-def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
+def joint(vectors, train, K, text=10., ridge=30.):
+    """The K strongest directions of interactions and text: (I, N), csr (U, I) -> (I, K). [ours]
+
+    M = D^-1/2 (X'X + text F F' + ridge Id) D^-1/2: X is train, F the vectors at length 1, D the
+    diagonal, |N_i| + text + ridge. From M = V diag(mu) V', mu descending: the columns of V times
+    sqrt(1 - 1/mu), zero for mu <= 1: the root of rank K of Id - M^-1, which is about the item-item
+    matrix of EASE (arXiv 1905.03375) with the text as further users. No (I, I) matrix is made.
+    """
+    weight = (train.getnnz(axis=0) + text + ridge) ** -.5                            # (I,) D^-1/2
+    sizes = np.linalg.norm(vectors, axis=1)
+    F = vectors * (text ** .5 * weight / np.where(sizes > 0, sizes, 1))[:, None]     # (I, N)
+    X = (train @ sp.diags(weight)).tocsr()                                           # (U, I)
+    M = sp.linalg.LinearOperator((len(F),) * 2, dtype=float, matvec=lambda v: (
+        X.T @ (X @ v) + F @ (F.T @ v) + ridge * weight ** 2 * v))
+    if not 0 < K < len(F):
+        raise ValueError(f'cannot make {K} directions of {len(F)} items: choose a smaller K')
+    mu, V = sp.linalg.eigsh(M, K, v0=np.ones(len(F)), tol=1e-4)                      # ascending
+    V, mu = V[:, ::-1], mu[::-1]
+    V *= np.sign(V[np.abs(V).argmax(axis=0), np.arange(K)])
+    return (V * np.sqrt(1 - 1 / np.maximum(mu, 1))).astype(vectors.dtype)            # (I, K)
+
+
+def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None,
+                train=None):
     """Make K of the N dimensions of item vectors: (I, N) -> (I, K). Section 3.1 of the paper.
 
     'uni'    dimensions k floor(N/K), k = 0..K-1
@@ -65,6 +89,7 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
              of the items, those with the highest `degree` (I,), as the authors' code does
     Beyond the paper [ours]:
     'pca'    K principal components, see principal(), which `whiten` is for
+    'joint'  K directions of vectors and of `train`, csr (U, I), together, see joint()
     'full'   all N dimensions, whatever K is
     'noise'  no text: normal numbers of the vectors' root mean square, as a control: a gain with it
              comes from scale and pooling
@@ -74,9 +99,11 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     I, N = vectors.shape
     if strategy not in STRATEGIES[1:]:
         raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(STRATEGIES[1:])}')
-    if strategy in ('rand', 'noise') and rng is None or popular < 1 and degree is None:
-        raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree')
-    if not 1 <= K <= N and strategy not in ('full', 'noise'):
+    if (strategy in ('rand', 'noise') and rng is None or strategy == 'joint' and train is None
+            or popular < 1 and degree is None):
+        raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree; '
+                         'joint needs train')
+    if not 1 <= K <= N and strategy not in ('full', 'noise', 'joint'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose K from 1 to {N}')
     if not np.isfinite(vectors).all():
         bad = (~np.isfinite(vectors)).any(axis=1).sum()
@@ -85,6 +112,8 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
         return vectors
     if strategy == 'pca':
         return principal(vectors, K, whiten)
+    if strategy == 'joint':
+        return joint(vectors, train, K)
     if strategy == 'noise':
         scale = np.sqrt(np.square(vectors, dtype=np.float64).mean())
         return rng.normal(0, scale, (I, K)).astype(vectors.dtype)
@@ -297,7 +326,7 @@ def main(argv=None):
     if args.strategy == 'none':
         users0, items0 = (xavier(rng, n, args.dim) for n in train.shape)     # (U, K), (I, K)
     else:
-        items0 = select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
+        items0 = select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten, train=train,
                              popular=args.popular, degree=train.getnnz(axis=0))          # (I, K)
         users0 = pool_users(train, items0, args.pool)                        # (U, K)
     model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,

@@ -342,8 +342,26 @@ class TestSelection:
             np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
         assert np.ptp(llminit.select_dims(vectors, 5, 'pca', whiten=1).std(0)) < 1e-5
 
+    def test_joint_is_the_root_of_a_closed_form_over_interactions_and_text(self):
+        rng, train = np.random.default_rng(0), random_graph(60, 30, .2)
+        vectors = rng.standard_normal((30, 7)).astype(np.float32)
+        vectors[3] = 0                                                 # an item without words
+        found = llminit.select_dims(vectors, 9, 'joint', train=train)
+        sizes = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+        X, F = train.toarray().astype(float), vectors.astype(float) / sizes
+        M = X.T @ X + 10 * F @ F.T + 30 * np.eye(30)
+        D = X.sum(0) + 40
+        M = M / np.sqrt(D)[:, None] / np.sqrt(D)
+        w, V = np.linalg.eigh(np.eye(30) - np.linalg.inv(M))
+        best = V[:, -9:] * np.maximum(w[-9:], 0) @ V[:, -9:].T         # of rank 9, no sign
+        assert (w[-9:] > 0).sum() > 3
+        np.testing.assert_allclose(found @ found.T, best, atol=1e-4)
+        assert found.dtype == np.float32
+        assert (found == llminit.select_dims(vectors, 9, 'joint', train=train)).all()
+
     @pytest.mark.parametrize('K, strategy, message', [
         (11, 'uni', 'cannot keep 11 of 10'), (0, 'var', 'cannot keep 0 of 10'),
+        (3, 'joint', 'joint needs train'),
         (3, 'best', "strategy 'best': expected one of rand"), (3, 'rand', 'noise need rng'),
         (3, 'var popular', 'popular < 1 needs degree'),
         (3, 'none', "strategy 'none'"), (4, 'pca', 'fewer than K = 4'),

@@ -36,7 +36,7 @@ APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no 
 OF_STRATEGY = 'strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool'
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
 WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'mpnet', 'none',
-         'rand', 'uni', 'var', 'noise', 'pca')
+         'rand', 'uni', 'var', 'noise', 'pca', 'joint')
 METRICS = 'Recall@10', 'NDCG@10'
 # Table 1 [paper]: Recall@10/NDCG@10 of none, rand, uni, var, with seen items left in the ranking.
 PAPER = {
@@ -67,8 +67,9 @@ def check(run):
         raise ValueError(f'no {", ".join(sorted(missing))}')
     numbers = [run['seconds'], run['parameters'], run['best epoch'], run['settings']['seed']]
     numbers += [run[part][name] for part in ('test', 'valid') for name in METRICS]
-    numbers += [value for spectrum in run.setdefault('spectrum', {}).values()
-                for value in spectrum.values()]            # the models of peers.py have none
+    if run.setdefault('spectrum', {}) != {}:               # the models of peers.py have none
+        numbers += [run['spectrum'][one][what] for one in ('users', 'items')
+                    for what in ('abundance', 'effective rank')]
     numbers += [ndcg for _, ndcg, _ in run['curve']]
     numbers += [part['NDCG@10'] for part in run['by training interactions, from'].values()]
     sum(numbers)                                                       # TypeError for other things

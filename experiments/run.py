@@ -132,7 +132,7 @@ def fit(args, train, valid, vectors, rng, device, log):
         users0, items0 = (llminit.xavier(rng, n, args.dim) for n in train.shape)
     else:
         items0 = llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
-                                     popular=args.popular, degree=train.getnnz(axis=0))
+                                     popular=args.popular, degree=train.getnnz(axis=0), train=train)
         users0 = llminit.pool_users(train, items0, args.pool)
     model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
                                 log=log, **args.training)

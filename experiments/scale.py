@@ -6,6 +6,7 @@
         --interactions 5000000 --dim 256 --batch 500000
     torchrun --nproc-per-node=2 experiments/scale.py step --data DIR
     python experiments/scale.py stages --data DIR --dataset beauty
+    python experiments/scale.py joint --users 200000 --items 100000 --interactions 1000000
 
 rows    writes a CSV of n ratings with a Zipf tail, reads, filters and splits it
 graph   builds A_hat of a synthetic graph, then trains one epoch of LightGCN on it, alone or with
@@ -14,6 +15,7 @@ step    per process of torchrun: peak memory, parameters, and bytes of the messa
         broadcast) of one training step and one validation of LightGCN, SGL and SGCL on a dataset
 stages  runs llminit.py with var, MPNet's weights in the cache and no vectors: seconds and peak
         memory by stage
+joint   the start of that strategy, of a synthetic graph and random vectors of 768 numbers
 
 Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
 """
@@ -136,6 +138,18 @@ def step(args):
                   f'{np.median(seconds) * 1e3:.1f} | {peak():.2f} |', flush=True)
 
 
+def joint(args):
+    """Seconds and memory of llminit.joint."""
+    import llminit
+    rng = np.random.default_rng(0)
+    observed = synthetic(args, rng)
+    vectors = rng.standard_normal((args.items, 768), np.float32)
+    began, before = time.perf_counter(), peak()
+    llminit.joint(vectors, observed, args.dim)
+    print(f'{args.items:,} items, {observed.nnz:,} interactions, K = {args.dim}: '
+          f'{time.perf_counter() - began:.0f} s, peak {peak():.2f} GiB, before {before:.2f}')
+
+
 def stages(args):
     """A row for each stage of llminit.main(), and the peak of memory so far at its end."""
     began = time.perf_counter()
@@ -171,7 +185,7 @@ def stages(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=('rows', 'graph', 'step', 'stages'))
+    p.add_argument('what', choices=('rows', 'graph', 'step', 'stages', 'joint'))
     p.add_argument('--n', type=int, default=10 ** 7, help='rows')
     p.add_argument('--users', type=int, default=2 * 10 ** 6)
     p.add_argument('--items', type=int, default=10 ** 6)
@@ -184,7 +198,7 @@ def main():
     args = p.parse_args()
     args.dim = args.dim or (64 if args.what == 'graph' else 128)
     args.batch = args.batch or (2 ** 21 if args.what == 'graph' else 256)
-    {'rows': rows, 'graph': graph, 'step': step, 'stages': stages}[args.what](args)
+    {'rows': rows, 'graph': graph, 'step': step, 'stages': stages, 'joint': joint}[args.what](args)
 
 
 if __name__ == '__main__':
