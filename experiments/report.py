@@ -33,7 +33,7 @@ PROTOCOL = 'seen', 'preset'
 NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'training', 'K', 'test', 'valid',
           'curve', 'best epoch', 'parameters', 'seconds', 'by training interactions, from'}
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
-OF_STRATEGY = 'strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool'
+OF_STRATEGY = 'strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool', 'lr'
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
 WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'mpnet', 'none',
          'rand', 'uni', 'var', 'noise', 'pca', 'joint')
@@ -269,7 +269,7 @@ def table(runs, against, show):
     yield '| ' + ' | '.join(['---'] * len(head)) + ' |'
     for settings, cells in lines:
         said = ' '.join(f'{name}={settings.get(name)}' for name, value in usual.items()
-                        if settings.get(name) != value)
+                        if settings.get(name) not in (value, None))
         line = [f'{settings.get(name, "")} {said if name == "strategy" else ""}'.strip()
                 for name in columns_of]
         line += [cells.get(name, {}).get(column, '') for name, column in columns]
