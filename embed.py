@@ -639,8 +639,9 @@ def endpoint():
 
 
 def post(path, body, field):
-    """A field of the endpoint's JSON answer to body. Broken connections, 429 and 5xx are tried
-    again. OSError with the server's words; error.status is its status, or None."""
+    """The endpoint's JSON answer to body, a dict that has the field, and in it how many `retries`
+    it took: broken connections, 429 and 5xx are tried again. OSError with the server's words;
+    error.status is its status, or None."""
     (base, key), status = endpoint(), None
     again = Patience(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
@@ -656,7 +657,7 @@ def post(path, body, field):
         with contextlib.suppress(ValueError, RecursionError):
             found = answer.json()
         if status == 200 and isinstance(found, dict) and found.get(field):
-            return found[field]
+            return found | {'retries': len(answer.raw.retries.history)}
         hint = '' if base.endswith('/v1') else '; OPENAI_BASE_URL mostly ends in /v1'
         raise OSError(f'{status} {answer.text[:300]}{hint}')
     except (OSError, ValueError) as error:
@@ -700,7 +701,7 @@ def from_endpoint(texts, model, cache):
 
     def ask(some):
         try:
-            rows = post('embeddings', {'model': model, 'input': some}, 'data')
+            rows = post('embeddings', {'model': model, 'input': some}, 'data')['data']
             return read_answer(rows, len(some))
         except OSError as error:
             if error.status not in (400, 413, 422) or len(some) == 1:

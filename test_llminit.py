@@ -89,7 +89,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         web.asked.append((self.path.lstrip('/'), asked, self.headers))
         act = web.script.pop(0) if web.script else {}
         body = web.pages.get(self.path.lstrip('/'))
-        if size:
+        if 'messages' in (asked or ()):                        # a chat, answered by web.chat
+            body = json.dumps({'choices': [{'message': {'content': web.chat(
+                asked['messages'][-1]['content'])}}], 'usage': {'total_tokens': 7}}).encode()
+        elif size:
             rows = [{'index': n, 'embedding': fake_vector(text)}
                     for n, text in enumerate(asked['input'])]
             body = json.dumps({'data': act.get('rows', lambda rows: rows[::-1])(rows)}).encode()

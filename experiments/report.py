@@ -33,10 +33,12 @@ PROTOCOL = 'seen', 'preset'
 NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'training', 'K', 'test', 'valid',
           'curve', 'best epoch', 'parameters', 'seconds', 'by training interactions, from'}
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
-OF_STRATEGY = 'strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool', 'lr'
+OF_STRATEGY = ('strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool', 'lr', 'chat', 'users',
+               'base')
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
-WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'mpnet', 'none',
-         'rand', 'uni', 'var', 'noise', 'pca', 'joint')
+WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'llmrank',
+         'llmrec', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'cf', 'random',
+         'text')
 METRICS = 'Recall@10', 'NDCG@10'
 # Table 1 [paper]: Recall@10/NDCG@10 of none, rand, uni, var, with seen items left in the ranking.
 PAPER = {
@@ -66,6 +68,7 @@ def check(run):
     if missing := NEEDED - {*run, *run['settings']}:
         raise ValueError(f'no {", ".join(sorted(missing))}')
     numbers = [run['seconds'], run['parameters'], run['best epoch'], run['settings']['seed']]
+    numbers += [run.get('calls', 0), run.get('tokens', 0)]
     numbers += [run[part][name] for part in ('test', 'valid') for name in METRICS]
     if run.setdefault('spectrum', {}) != {}:               # the models of peers.py have none
         numbers += [run['spectrum'][one][what] for one in ('users', 'items')
@@ -215,6 +218,10 @@ def extra_columns(runs, show):
         out |= {'parameters': mean(lambda run: run['parameters']),
                 'best epoch': mean(lambda run: run['best epoch']),
                 'seconds': f'{np.median([run["seconds"] for run in runs]):,.0f}'}
+        if any('calls' in run for run in runs):            # only llmrank.py and llmrec.py ask
+            out |= {'users scored': mean(lambda run: len(run['ndcg'])),
+                    'calls': mean(lambda run: run['calls']),
+                    'tokens': mean(lambda run: run['tokens'])}
     if 'spectrum' in show:
         out |= {f'{what} of {table}': mean(lambda run: run['spectrum'][table][what], 1)
                 for what in ('abundance', 'effective rank') for table in runs[0]['spectrum']}

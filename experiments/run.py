@@ -19,6 +19,7 @@ they are ranked.
 """
 import argparse
 import base64
+import functools
 import hashlib
 import itertools
 import json
@@ -107,7 +108,7 @@ def settings_of(args):
     usual = llminit.parse([])
     settings = {name: getattr(args, name, 0.) for name in SETTINGS}
     for name, (where, users) in USED_BY.items():
-        if settings[where] not in users:
+        if settings[where] not in users and not hasattr(args, 'base'):
             settings[name] = getattr(usual, name)
     # rows from before there were these flags do not have them
     settings = {name: value for name, value in settings.items()
@@ -238,23 +239,28 @@ def once(known, key, compute):
     return known[key]
 
 
+def prepare(args, known, rng, device):
+    """What data.load gives; train, valid, test; item vectors (I, N) or None. known: for once()."""
+    last = args.split == 'last'
+    source = str([args.dataset, args.data, args.min_rating, args.core, args.columns, last,
+                  args.text_columns])
+    loaded = once(known, source, lambda: data.load(
+        args.dataset, args.data, min_rating=args.min_rating, core=args.core,
+        columns=dict(args.columns or ()), text_columns=args.text_columns, timestamps=last))
+    train, valid, test = data.split(loaded[0], rng, last)
+    vectors = None if args.strategy == 'none' else once(
+        known, (source, args.encoder), lambda: embed.encode(
+            loaded[1], args.encoder, ids=loaded[4], cache=args.cache, device=device))
+    return loaded, (thin(train, args.cold, rng), valid, test), vectors
+
+
 def run(args, known, log, fit=fit):
     """One run from data to result, the stages of llminit.main() with thin() among them -> its
     row in the table and its row in the results file. known: a dict, for once()."""
     started, rng = time.time(), np.random.default_rng(args.seed)
     device = models.join(args.device)[1]
-    last = args.split == 'last'
-    source = str([args.dataset, args.data, args.min_rating, args.core, args.columns, last,
-                  args.text_columns])
-    interactions, texts, _, _, item_ids, _ = once(known, source, lambda: data.load(
-        args.dataset, args.data, min_rating=args.min_rating, core=args.core,
-        columns=dict(args.columns or ()), text_columns=args.text_columns, timestamps=last))
-    train, valid, test = data.split(interactions, rng, last)
-    train = thin(train, args.cold, rng)
-    vectors = args.strategy != 'none' and once(known, (source, args.encoder), lambda: embed.encode(
-        texts, args.encoder, ids=item_ids, cache=args.cache, device=device))
-    users, items, curve, model = fit(args, train, valid, None if vectors is False else vectors, rng,
-                                     device, log)
+    _, (train, valid, test), vectors = prepare(args, known, rng, device)
+    users, items, curve, model = fit(args, train, valid, vectors, rng, device, log)
     scores = models.evaluate(users, items, test, train + valid if args.seen == 'mask' else None)
     seconds = time.time() - started
     return (llminit.result_row(args, model['K'], scores, curve, seconds, args.flags),
@@ -287,7 +293,7 @@ def live(where, line):
         print(f'\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', file=sys.stderr)
 
 
-def grid(cells, path, fit=fit):
+def grid(cells, path, run):
     """Run what the results file does not hold yet -> exit code: 2 if a run failed."""
     check_file(path)
     known, failed, head, clear = {}, 0, True, '\r\x1b[K' * sys.stderr.isatty()
@@ -304,7 +310,7 @@ def grid(cells, path, fit=fit):
         if not sys.stderr.isatty():
             print(f'run {where}', file=sys.stderr)
         try:
-            told, row = run(args, known, lambda line: live(where, line), fit)
+            told, row = run(args, known, lambda line: live(where, line))
         except (ValueError, OSError, MemoryError) as error:
             failed += 1
             print(f'{clear}run.py: error: {" ".join(str(error).split())} ({called(args)})',
@@ -317,10 +323,10 @@ def grid(cells, path, fit=fit):
     return 2 if failed else 0
 
 
-def command(argv=None, parse=parse, fit=fit):
-    """The command line -> exit code."""
+def command(argv=None, parse=parse, fit=fit, run=run):
+    """The command line -> exit code. llmrank.py and llmrec.py have a run() of their own."""
     try:
-        return grid(*parse(argv), fit)
+        return grid(*parse(argv), functools.partial(run, fit=fit))
     except (ValueError, OSError) as error:
         print(f'run.py: error: {error}', file=sys.stderr)
         return 2
