@@ -33,8 +33,8 @@ PROTOCOL = 'seen', 'preset'
 NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'training', 'K', 'test', 'valid',
           'curve', 'best epoch', 'parameters', 'seconds', 'by training interactions, from'}
 APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
-OF_STRATEGY = ('strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool', 'lr', 'chat', 'users',
-               'base')
+OF_STRATEGY = ('strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool', 'lr', 'chat',
+               'users', 'base')
 ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
 WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'llmrank',
          'llmrec', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'cf', 'random',
