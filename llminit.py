@@ -68,7 +68,7 @@ def joint(vectors, train, K, text=10., ridge=30.):
     weight = (train.getnnz(axis=0) + text + ridge) ** -.5                            # (I,) D^-1/2
     sizes = np.linalg.norm(vectors, axis=1)
     F = vectors * (text ** .5 * weight / np.where(sizes > 0, sizes, 1))[:, None]     # (I, N)
-    X = (train @ sp.diags(weight)).tocsr()                                           # (U, I)
+    X = sp.csr_matrix((weight[train.indices], train.indices, train.indptr), train.shape)
     M = sp.linalg.LinearOperator((len(F),) * 2, dtype=float, matvec=lambda v: (
         X.T @ (X @ v) + F @ (F.T @ v) + ridge * weight ** 2 * v))
     if not 0 < K < len(F):

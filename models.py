@@ -664,8 +664,9 @@ def on_busy_cores(step, batch):
     Beside another busy program threads wait for each other at the end of every operation: a step
     takes 2 to 30 times as long [measured]. The first three steps, with one thread, say what is to
     be expected; where others are slower, one goes on alone for the next hundred, and meanwhile for
-    what the caller does. Figures stay the same [measured: MKL, 1 to 16 threads], but for the short
-    last batch, which therefore always has one.
+    what the caller does. Where K is a multiple of 64 figures stay the same [measured: MKL, 1 to 16
+    threads], but for the short last batch, which therefore always has one; elsewhere MKL's sums
+    depend on the threads, and train() uses all.
     """
     threads, alone, shared, left = torch.get_num_threads(), [], [], 3
 
@@ -711,28 +712,31 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     if name == 'morec':
         settings['rng'] = rng
     model = MODELS[name](adjacency(observed), users0, items0, device=device, **settings)
-    step = on_busy_cores(optimiser(model, lr), batch)
+    step = optimiser(model, lr)
+    if all(p.shape[1] % 64 == 0 for p in model.parameters()):
+        step = on_busy_cores(step, batch)
     seen = observed if mask_seen else None
     best, best_epoch, curve, threads = -1., 0, [], torch.get_num_threads()
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        loss = train_epoch(model, step, observed, batch, rng)
-        if not np.isfinite(loss):
-            torch.set_num_threads(threads)
-            raise ValueError(f'training diverged in epoch {epoch}: the loss is {loss}')
-        recall, ndcg = (np.mean(x) if valid.nnz else np.nan
-                        for x in evaluate(*model.embeddings(), valid, seen))
-        better = not ndcg <= best
-        if better:
-            best, best_epoch = ndcg, epoch
-            kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        seconds = time.perf_counter() - start
-        curve.append(dict(epoch=epoch, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
-                          best=better))
-        log(f'epoch {epoch:3d}  loss {loss:8.4f}  valid Recall@10 {recall:.4f}  NDCG@10 {ndcg:.4f}'
-            f'  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
-        if epoch - best_epoch >= patience:
-            break
-    torch.set_num_threads(threads)
+    try:
+        for epoch in range(1, epochs + 1):
+            start = time.perf_counter()
+            loss = train_epoch(model, step, observed, batch, rng)
+            if not np.isfinite(loss):
+                raise ValueError(f'training diverged in epoch {epoch}: the loss is {loss}')
+            recall, ndcg = (np.mean(x) if valid.nnz else np.nan
+                            for x in evaluate(*model.embeddings(), valid, seen))
+            better = not ndcg <= best
+            if better:
+                best, best_epoch = ndcg, epoch
+                kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            seconds = time.perf_counter() - start
+            curve.append(dict(epoch=epoch, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
+                              best=better))
+            log(f'epoch {epoch:3d}  loss {loss:8.4f}  valid Recall@10 {recall:.4f}  '
+                f'NDCG@10 {ndcg:.4f}  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
+            if epoch - best_epoch >= patience:
+                break
+    finally:
+        torch.set_num_threads(threads)
     model.load_state_dict(kept)
     return model, curve

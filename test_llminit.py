@@ -360,6 +360,7 @@ class TestSelection:
         assert (w[-9:] > 0).sum() > 3
         np.testing.assert_allclose(found @ found.T, best, atol=1e-4)
         assert found.dtype == np.float32
+        train.data[:] = 5                                              # ratings count as ones
         assert (found == llminit.select_dims(vectors, 9, 'joint', train=train)).all()
 
     @pytest.mark.parametrize('K, strategy, message', [
@@ -834,15 +835,19 @@ class TestTraining:
     @pytest.mark.parametrize('name', models.MODELS)
     def test_threads_change_no_figure(self, name, monkeypatch):
         observed, found, before = random_graph(300, 200, .1), [], torch.get_num_threads()
-        start = [np.random.default_rng(1).normal(0, .1, (n, 32)).astype(np.float32)
+        start = [np.random.default_rng(1).normal(0, .1, (n, 64)).astype(np.float32)
                  for n in observed.shape]
         for threads in (1, 2):
             monkeypatch.setattr(models, 'on_busy_cores', lambda step, batch: lambda part: (
                 torch.set_num_threads(threads if part.shape[1] == batch else 1), step(part))[1])
+            dim = {'dim': 64} if name == 'morec' else {}
             model, curve = models.train(name, observed, observed, *start, np.random.default_rng(0),
-                                        epochs=2, batch=256, log=lambda line: None)
+                                        epochs=2, batch=256, log=lambda line: None, **dim)
             found.append(([epoch['loss'] for epoch in curve], *model.embeddings()))
         assert torch.get_num_threads() == before           # training gives them back
+        monkeypatch.setattr(models, 'on_busy_cores', None)             # not for other widths
+        models.train('sgcl', observed, observed, *(x[:, :50] for x in start),
+                     np.random.default_rng(0), epochs=1, log=lambda line: None)
         assert found[0][0] == found[1][0]
         assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
 

@@ -57,9 +57,9 @@ def history_of(user, train, order, titles):
 def named(answer, titles):
     """The candidates that an answer names, line by line, each once: list of indices into titles.
 
-    A line of numbers only names the candidate of the last one, counted from 1: '7', or '2. 7' in a
-    numbered list. Any other line names the longest title in it, or the one most like it if they
-    are alike to 90 %; a title of none ('2. a thing that is not listed') names nothing.
+    A line of one or two numbers only names the candidate of the last one, counted from 1: '7', or
+    '2. 7' in a numbered list. Any other line names the longest title in it, or the one most like
+    it if they are alike to 90 %; a title of none ('2. a thing that is not listed') names nothing.
     """
     plain = [re.sub(r'[\\"]', '', clean(title, TITLE)).lower() for title in titles]
     out = []
@@ -79,11 +79,16 @@ def named(answer, titles):
 
 
 def fields(answer, names):
-    """{name: value} of the lines or JSON members `name: value` in an answer, '' for none."""
+    """{name: value} of the JSON object or the lines `name: value` in an answer, '' for none."""
+    try:
+        given = json.loads(answer[answer.find('{'):answer.rfind('}') + 1])
+        answer = '\n'.join(f'{name}: {value}' for name, value in given.items())
+    except (ValueError, AttributeError):
+        answer = answer.replace('{', '\n').replace(', "', ',\n"')         # JSON that is cut off
     out = {}
     for name in names:
-        found = re.search(rf'\b{name}\b["*]*[ \t]*[:=][ \t*]*("[^"]*"|.*)', answer, re.IGNORECASE)
-        value = clean(found[1], TITLE).strip(' "*,{}[]') if found else ''
+        found = re.search(rf'(?im)^\W*{name}\b["*]*[ \t]*[:=](.*)', answer)
+        value = clean(found[1], TITLE).strip(' "*,{}[]\'') if found else ''
         out[name] = '' if value.lower() in ('unknown', 'n/a', 'none', 'null') else value
     return out
 

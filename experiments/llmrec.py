@@ -291,8 +291,9 @@ def parse(argv):
             training |= {'chat': own.chat_model, 'endpoint': embed.endpoint()[0],
                          'users': own.users}
         if 'pairs' in parts:
-            training['base'] = f'{cell.model} {cell.strategy} {cell.training}'
+            training['base'] = f'{cell.model} {cell.strategy} K={cell.dim} {cell.training}'
         vars(cell).update(base=base, model='llmrec', strategy='+'.join(['text', *parts]), dim=K,
+                          epochs=HOW['epochs'], device='cpu',
                           chat=own.chat_model, asked=own.users, parts=parts, training=training,
                           flags=list(argv))
     return cells, path

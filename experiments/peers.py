@@ -8,13 +8,15 @@ L3AE      EASE, pulled towards an EASE over the item vectors (CIKM 2025, arXiv 2
 AlphaRec  an MLP over frozen item vectors, propagated; contrastive loss (ICLR 2025, arXiv
           2407.05441)
 
-Flags are those of run.py; --strategy and what sets a training have no effect. Settings are chosen
-on the validation items of each run, from the grids below, and the seconds are those of the whole
-choice. B is dense: 6,086 items take 150 MB and a minute or two, 50,000 items would take 10 GB.
+Flags are those of run.py; --strategy, --dim, --pool, --device and what sets a training have no
+effect. Settings are chosen on the validation items of each run, from the grids below, and the
+seconds are those of the whole choice. B is dense, and about six such matrices exist at once: 6,086
+items take 150 MB each and a minute or two in all, 50,000 items would take 10 GB each.
 Nothing here is copied from the authors' code.
 
 X: csr (U, I) of training. F: (I, N) vectors of length 1. P, C, B: (I, I).
 """
+import itertools
 import sys
 import time
 
@@ -66,17 +68,16 @@ def closed_form(name, train, vectors, score):
         return max(((score(B), settings, B) for settings, B in tries), key=lambda found: found[0])
     F, best = unit(vectors), (-1., {'lambda': None})
 
-    def of_shares(ridge, r):
+    def of_shares(ridge, C, r):
         P = inverse(gram, ridge)
-        PC = P @ ease(inverse(F @ F.T, r))
+        PC = P @ C
         for share in SHARES:
             B = l3ae(P, PC, share * ridge)
             yield score(B), {'lambda': ridge, 'r': r, 'share': share}, B
-    for ridge in LAMBDAS:
-        best = max([best, *of_shares(ridge, 10)], key=lambda found: found[0])
-    for r in RIDGES:
-        if r != 10:
-            best = max([best, *of_shares(best[1]['lambda'], r)], key=lambda found: found[0])
+    for r in sorted(RIDGES, key=lambda r: r != 10):        # 10 first
+        C = ease(inverse(F @ F.T, r))
+        for ridge in LAMBDAS if r == 10 else [best[1]['lambda']]:
+            best = max(itertools.chain([best], of_shares(ridge, C, r)), key=lambda found: found[0])
     return best
 
 
@@ -100,22 +101,22 @@ class AlphaRec(torch.nn.Module):
     def loss(self, users, positives, negatives):
         """Softmax over the positive and the negatives: (B,), (B,), (B, 256) -> mean, scalar."""
         users0, items0 = self()
-        u, negatives = users0[users], items0[negatives]                    # (B, K), (B, 256, K)
-        own = (u * items0[positives]).sum(1, keepdim=True)                 # (B, 1)
-        logits = torch.cat([own, (negatives @ u[:, :, None])[:, :, 0]], 1) / self.tau
+        picked = torch.cat([positives[:, None], negatives], 1)                          # (B, 257)
+        logits = (users0[users] @ items0.T).gather(1, picked) / self.tau
         return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
 def train_alpharec(train, vectors, lr, score, rng, log):
     """-> validation NDCG@10, (users (U, K), items (I, K)) of the best epoch, and its number."""
-    how, active = GRIDS['alpharec'], np.flatnonzero(np.diff(train.indptr))
+    how, degree = GRIDS['alpharec'], np.diff(train.indptr)
+    active = np.flatnonzero((degree > 0) & (degree < train.shape[1]))
     torch.manual_seed(int(rng.integers(2 ** 31)))
     model, best = AlphaRec(train, vectors), (-1., None, 0)
     adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for epoch in range(1, how['epochs'] + 1):
         for _ in range(-(-train.nnz // how['batch'])):     # a user, then an item
             users = rng.choice(active, how['batch'])
-            place = train.indptr[users] + rng.integers(0, np.diff(train.indptr)[users])
+            place = train.indptr[users] + rng.integers(0, degree[users])
             others = models.sample_negatives(train, users.repeat(256), rng).reshape(-1, 256)
             adam.zero_grad()
             model.loss(*map(torch.from_numpy, (users, train.indices[place], others))).backward()
@@ -144,6 +145,8 @@ def closed_ndcg(train, B, target, seen):
 def fit(args, train, valid, vectors, rng, device, log):
     """The best of the grid on validation, as run.fit() gives a model. The users of a closed form
     are their interactions (U, I), its items the columns of B."""
+    if not valid.nnz:
+        raise ValueError('there are no validation items to choose settings by')
     started, seen, best = time.time(), train if args.seen == 'mask' else None, (-1.,)
     if args.model == 'alpharec':
         def score(users, items):
@@ -180,6 +183,7 @@ def parse(argv):
         for cell in cells:
             args = llminit.argparse.Namespace(**vars(cell))
             args.model, args.strategy = name, 'none' if name == 'ease' else 'full'
+            args.dim, args.pool, args.device = 128, 'mean', 'cpu'
             args.training = {'mask_seen': args.seen == 'mask', **GRIDS[name]}
             args.flags = [flag for flag in args.flags if flag != '--model=lightgcn']
             args.flags.append(f'--model={name}')

@@ -87,7 +87,8 @@ def tell_training(runs):
             found[run['settings']['model'], run['settings']['preset'], name].add(str(value))
     for name in {name for (_, _, name), values in found.items() if len(values) > 1}:
         for run in runs:
-            run['settings'][name] = run['training'].get(name)
+            value = run['training'].get(name)
+            run['settings'][name] = str(value) if isinstance(value, (list, dict)) else value
 
 
 def read(paths, every=False):
