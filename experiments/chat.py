@@ -58,14 +58,20 @@ def named(answer, titles):
     """The candidates that an answer names, line by line, each once: list of indices into titles.
 
     A line of one or two numbers only names the candidate of the last one, counted from 1: '7', or
-    '2. 7' in a numbered list. Any other line names the longest title in it, or the one most like
-    it if they are alike to 90 %; a title of none ('2. a thing that is not listed') names nothing.
+    '2. 7' in a numbered list; a line of more names them all, in order. Any other line names the
+    longest title in it, or the one most like it if they are alike to 90 %; a title of none ('2. a
+    thing that is not listed') names nothing.
     """
     plain = [re.sub(r'[\\"]', '', clean(title, TITLE)).lower() for title in titles]
     out = []
     for line in answer.splitlines():
         line = re.sub(r'[\\"]', '', clean(line, 999)).lower()
         rest = re.sub(r'^\W*\d+[.):]?\s+', '', line)
+        many = re.findall(r'\d+', line) if re.fullmatch(r'[\d\W]+', line) else []
+        if len(many) > 2:                                  # '3, 1, 2'
+            places = dict.fromkeys(int(number) - 1 for number in many)
+            out += [n for n in places if 0 <= n < len(titles) and n not in out]
+            continue
         number = re.fullmatch(r'\W*(?:\d+\W+)?(\d{1,3})\W*', line)
         like = {n: len(title) + 1 if re.search(rf'(?<!\w){re.escape(title)}(?!\w)', line) else
                 difflib.SequenceMatcher(None, rest, title).ratio()

@@ -494,7 +494,7 @@ class TestLLMRank:
                 ('Candidates in order:\n1. "Pen, red"\n2. Desk \\"Max\\"', [1, 2]),
                 ('pen, RED is best', [1]), ('Paper 500 sheet', [5]), ('2. no such thing', []),
                 ('Pen\nPen\nPen', [0, 6]), ("I'm sorry, I can't.", []), ('[5]\n"7"', [4, 6]),
-                ('123456789012345', []), ('1984\n-1', [0])):
+                ('123456789012345', []), ('1984\n-1', [0]), ('[3, 1, 9, 3, 2]', [2, 0, 1])):
             assert chat.named(answer, titles) == found, answer
 
     def test_the_rows_stand_between_their_controls(self, rank, endpoint):
