@@ -681,9 +681,10 @@ def on_busy_cores(step, batch):
         if len(alone) < 3:
             alone.append(seconds)
         elif not one:
-            shared.append(seconds / np.median(alone))
-            if len(shared) == 5 or shared[-1] > 4:
-                left = 100 * int(shared[-1] > 4 or np.median(shared) > 1.2)
+            shared.append(seconds / sorted(alone)[1])
+            far = shared[-1] > 4
+            if far or len(shared) == 5:
+                left = 100 if far or np.median(shared) > 1.2 else 0
                 shared.clear()
         torch.set_num_threads(1 if left else threads)
         return loss
