@@ -16,9 +16,9 @@ users0 and items0, where E starts, are plain arrays. The path of a run:
     adjacency -> Model(graph, users0, items0) -> loss(users, positives, negatives)
     train -> model.embeddings() -> evaluate, recommend
 
-Propagation is linear and A_hat is symmetric, so the backward pass is the same product and needs
-nothing from the forward pass. A batch needs z at its own rows only, so on a CPU the products are
-restricted to the receptive field of the batch: the exact result for a fraction of the work.
+Propagation is linear and A_hat is symmetric, so the backward pass is the same product. A batch
+needs z at its own rows only, so on a CPU the products are restricted to its receptive field: the
+exact result for a fraction of the work.
 
 Under torchrun each of W processes holds K/W columns of E and of Adam's state, and the whole graph.
 Propagation acts on each column by itself and sends nothing; sums over K go through together(), and
@@ -74,11 +74,10 @@ def join(device='auto'):
     return ranks()[0], device
 
 
-@contextlib.contextmanager
-def sending():
-    """Around a collective: OSError if another process has ended or does not come in time."""
+def send(collective, *args):
+    """Run a collective; OSError if another process has ended or does not come in time."""
     try:
-        yield
+        collective(*args)
     except RuntimeError as error:
         raise OSError(f'another process has ended or is too late: {error}') from None
 
@@ -91,13 +90,11 @@ def in_turn():
     if ranks()[1] > 1:
         group = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1))
     if group and not first:
-        with sending():
-            dist.barrier(group)
+        send(dist.barrier, group)
     with contextlib.redirect_stderr(sys.stderr if first else io.StringIO()):
         yield
     if group and first:
-        with sending():
-            dist.barrier(group)
+        send(dist.barrier, group)
 
 
 def check_alike(settings, arrays, device):
@@ -109,43 +106,30 @@ def check_alike(settings, arrays, device):
         digest.update(np.ascontiguousarray(array))
     number = int(digest.hexdigest()[:12], 16)              # exact in float64
     ends = torch.tensor([number, -number], dtype=torch.float64, device=device)
-    with sending():
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    send(dist.all_reduce, ends, dist.ReduceOp.MAX)
     if ends[0] != -ends[1]:
         raise ValueError('the processes have different settings, data or seeds: start all alike')
 
 
-def columns(K, rank=None):
-    """The slice of K dimensions that this process, or another rank, holds."""
-    mine, W = ranks()
+def columns(K):
+    """The slice of K dimensions that this process holds."""
+    rank, W = ranks()
     if W > K:
         raise ValueError(f'{K} dimensions cannot be split over {W} processes: start at most {K}')
-    rank = mine if rank is None else rank
     return slice(K * rank // W, K * (rank + 1) // W)
-
-
-class AllReduce(torch.autograd.Function):
-    """x summed over all processes. Each process computes the same loss from the sum, so the
-    gradient of its own x is the gradient of the sum: nothing is sent backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.detach().clone()
-        with sending():
-            dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 def together(*parts):
     """Sums over the columns of this process -> sums over all K: tensors of any shapes, in one
-    message. Alone the tensors themselves."""
+    message. Alone the tensors themselves.
+
+    Each process computes the same loss from the sums, so the gradient of its own part is that of
+    the sum: nothing is sent backward, and autograd is not told of the sum over processes.
+    """
     if ranks()[1] == 1:
         return parts
-    flat = AllReduce.apply(torch.cat([part.flatten() for part in parts]))
+    flat = torch.cat([part.flatten() for part in parts])
+    send(dist.all_reduce, flat.detach())
     return [whole.view(part.shape) for whole, part
             in zip(flat.split([part.numel() for part in parts]), parts)]
 
@@ -154,13 +138,10 @@ def gathered(x, K):
     """All K columns of a table of which each process holds its own: (n, K/W) -> (n, K)."""
     if ranks()[1] == 1:
         return x
-    mine, parts = x.contiguous(), []
-    for rank in range(ranks()[1]):
-        held = columns(K, rank)
-        parts.append(mine if rank == ranks()[0] else x.new_empty(len(x), held.stop - held.start))
-        with sending():
-            dist.broadcast(parts[-1], rank)
-    return torch.cat(parts, 1)
+    whole = x.new_zeros(len(x), K)
+    whole[:, columns(K)] = x
+    send(dist.all_reduce, whole)                           # the others add zeros
+    return whole
 
 
 def adjacency(observed):
@@ -185,12 +166,10 @@ def adjacency(observed):
 
 def distinct(nodes, size):
     """Sorted distinct nodes (M,), and a lookup (size,) from node to its index there; entries of
-    absent nodes are arbitrary."""
+    absent nodes mean nothing."""
     there = np.zeros(size, bool)
     there[nodes] = True
-    found, index = np.flatnonzero(there), np.empty(size, np.int32)
-    index[found] = np.arange(len(found), dtype=np.int32)
-    return found, index
+    return np.flatnonzero(there), np.cumsum(there, dtype=np.int32) - 1
 
 
 def receptive_field(graphs, nodes):
@@ -200,15 +179,16 @@ def receptive_field(graphs, nodes):
     csr (M_l, M_{l-1}), has the rows of A_hat that layer l needs, its columns are the rows of layer
     l-1 (M_0 = U+I, the whole table), and at (R,) is the index of each node among the M_l.
     """
-    field, size = [], graphs[0].shape[0] if graphs else 0
-    needed, index = distinct(nodes, size) if graphs else (None, None)
-    for layer, graph in reversed(list(enumerate(graphs))):
-        block = graph[needed]                                                           # (M_l, U+I)
+    field, needed = [], nodes
+    for graph in reversed(graphs):
+        rows, index = distinct(needed, graph.shape[0])
+        if field:                                          # the layer above reads these rows
+            above = field[-1][1]
+            above.indices = index[above.indices]
+            above.resize(above.shape[0], len(rows))
+        block = graph[rows]                                                             # (M_l, U+I)
         field.append((torch.from_numpy(index[nodes]), block))
-        if layer:
-            needed, index = distinct(np.concatenate([needed, block.indices]), size)
-            block.indices = index[block.indices]
-            block.resize(block.shape[0], len(needed))
+        needed = np.concatenate([rows, block.indices])
     return field[::-1]
 
 
@@ -272,13 +252,11 @@ class PropagateAt(torch.autograd.Function):
         if grad_z is None:
             grad_z = torch.zeros_like(grad_start)
         share = grad_z / (len(ctx.field) + 1)
-        grad = None                                        # of layer l
+        height = ctx.field[-1][1].shape[0] if ctx.field else ctx.size
+        grad = share.new_zeros(height, share.shape[1])                                  # (M_L, K)
         for at, block in reversed(ctx.field):
-            grad = share.new_zeros(block.shape[0], share.shape[1]) if grad is None else grad
             grad = spmm(block.tocsc(), grad.index_add_(0, at, share))                # (M_{l-1}, K)
         last = share if grad_start is None else share + grad_start
-        if not ctx.field:
-            grad = last.new_zeros(ctx.size, last.shape[1])
         return grad.index_add_(0, ctx.rows, last), None, None
 
 
@@ -348,18 +326,15 @@ class LightGCN(torch.nn.Module):
     items0 (I, K): where the table starts. users, positives, negatives: int64 tensors (B,)."""
 
     reg = 1e-5                                             # [authors' code]
+    split = True                                           # each process holds columns() of E
 
     def __init__(self, graph, users0, items0, n_layers=2, device='cpu'):   # L = 2 [authors' code]
         super().__init__()
-        mine = self.held(users0.shape[1])
+        mine = columns(users0.shape[1]) if self.split else slice(None)
         start = np.concatenate([users0[:, mine], items0[:, mine]]).astype(np.float32)
         self.n_users, self.K = users0.shape
         self.graphs = [on_device(graph, device)] * n_layers
         self.table = torch.nn.Parameter(torch.from_numpy(start).to(device))             # (U+I, K)
-
-    def held(self, K):
-        """The columns of the start that this process holds."""
-        return columns(K)
 
     def new_epoch(self, rng):
         """Draw what each epoch draws anew: nothing here."""
@@ -489,6 +464,8 @@ class MoRec(LightGCN):
     Trained with BPR. The projection starts Xavier-uniform [authors' code for tables], from rng.
     """
 
+    split = False                      # of the projection each process holds its columns
+
     def __init__(self, graph, users0, items0, n_layers=0, device='cpu', dim=128, rng=None):
         super().__init__(graph, users0, items0, 0, device)
         self.table.requires_grad_(False)                                                # (U+I, N)
@@ -496,9 +473,6 @@ class MoRec(LightGCN):
         draw = (rng or np.random.default_rng(0)).uniform(-1, 1, (N, dim)) * (6 / (N + dim)) ** .5
         draw = np.ascontiguousarray(draw[:, columns(dim)], np.float32)                  # (N, K/W)
         self.projection = torch.nn.Parameter(torch.from_numpy(draw).to(device))
-
-    def held(self, K):
-        return slice(None)
 
     def everywhere(self, graphs):
         z = self.table @ self.projection                                                # (U+I, K)
