@@ -147,21 +147,19 @@ def gathered(x, K):
 def adjacency(observed):
     """A_hat = D^-1/2 A D^-1/2, users first: csr (U, I) -> csr (U+I, U+I) float32.
 
-    LightGCN eq. (8). A node without interactions has an empty row. Built from the two halves as
-    they lie in memory, so there are no coordinates and no Python loop over edges.
+    LightGCN eq. (8). A node without interactions has an empty row.
     """
     n_users, n_items = observed.shape
     by_user = np.maximum(np.diff(observed.indptr), 1) ** -.5                            # (U,)
     by_item = np.maximum(np.bincount(observed.indices, minlength=n_items), 1) ** -.5    # (I,)
     data = np.repeat(by_user, np.diff(observed.indptr)) * by_item[observed.indices]
-    right = sp.csr_matrix((data.astype(np.float32), observed.indices, observed.indptr),
+    upper = sp.csr_matrix((data.astype(np.float32), observed.indices, observed.indptr),
                           observed.shape)                                               # (U, I)
-    left = right.tocsc()                               # its arrays are the csr of right.T (I, U)
-    ends = left.indptr[1:].astype(np.int64) + right.nnz      # csr_matrix takes int32 if they fit
-    indptr = np.concatenate([right.indptr, ends])
-    indices = np.concatenate([right.indices + n_users, left.indices])
-    return sp.csr_matrix((np.concatenate([right.data, left.data]), indices, indptr),
-                         (n_users + n_items,) * 2)
+    lower = upper.T.tocsr()                                                             # (I, U)
+    upper.indices = upper.indices + n_users
+    for half in (upper, lower):
+        half.resize(half.shape[0], n_users + n_items)
+    return sp.vstack([upper, lower], 'csr')
 
 
 def distinct(nodes, size):
