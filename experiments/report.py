@@ -1,7 +1,7 @@
 """Tables and figures of the runs in a results file of run.py.
 
     python experiments/report.py table RESULTS.jsonl                       # Markdown
-    python experiments/report.py table RESULTS.jsonl --against rand --show valid cost
+    python experiments/report.py table RESULTS.jsonl --against rand --show valid cost brief
     python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch
     python experiments/report.py time RESULTS.jsonl                        # minutes
 
@@ -10,6 +10,8 @@ seeds; of parameters, epochs and spectra the mean, of seconds the median. What a
 above the table; a setting that only some rows have stands beside their strategy. One table for each
 protocol (--seen, --preset), datasets side by side as in Table 1 of the paper, whose figures stand
 beside ours where the runs have its protocol.
+
+--show brief leaves out Recall@10, p and the number of seeds.
 
 gain is the relative gain in NDCG@10 over the row of the same settings with strategy `none` (or
 --against), p a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean NDCG@10
@@ -270,7 +272,8 @@ def table(runs, against, show):
                           for name in datasets if found.get(name)}) for key, found in rows.items()]
     columns = [(name, column) for name in datasets for column in sorted(
         dict.fromkeys(column for _, cells in lines for column in cells.get(name, ())),
-        key=lambda column: int(column.removeprefix('from ')) if column[:5] == 'from ' else 0)]
+        key=lambda column: int(column.removeprefix('from ')) if column[:5] == 'from ' else 0)
+        if 'brief' not in show or column not in ('Recall@10', 'p', 'seeds')]
     many = len(datasets) > 1
     head = columns_of + [f'{name} {column}' if many else column for name, column in columns]
     yield f'{"" if many else datasets[0]}\n\n'.lstrip('\n') + f'| {" | ".join(head)} |'
@@ -408,7 +411,7 @@ def arguments(argv):
     one = commands.add_parser('table', help='Markdown')
     one.add_argument('--against', default='none', metavar='STRATEGY', help='what gains are over')
     one.add_argument('--show', nargs='+', default=[], choices=('valid', 'cost', 'spectrum',
-                                                               'activity'))
+                                                               'activity', 'brief'))
     two = commands.add_parser('plot', help='a PNG')
     two.add_argument('file', metavar='FILE.png')
     two.add_argument('--x', default='dim', choices=('dim', 'cold', 'users', 'epoch'))
