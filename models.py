@@ -663,6 +663,31 @@ def on_busy_cores(step, batch):
     return timed
 
 
+def early_stopping(model, epoch, valid, seen, epochs, patience, log):
+    """Call epoch() -> loss and rank valid by model.embeddings(), until `patience` epochs in a row
+    gave no better NDCG@10. Leaves the model as it was at its best epoch -> curve, see train()."""
+    best, best_epoch, curve = -1., 0, []
+    for number in range(1, epochs + 1):
+        start, loss = time.perf_counter(), epoch()
+        if not np.isfinite(loss):
+            raise ValueError(f'training diverged in epoch {number}: the loss is {loss}')
+        recall, ndcg = (np.mean(x) if valid.nnz else np.nan
+                        for x in evaluate(*model.embeddings(), valid, seen))
+        better = not ndcg <= best
+        if better:
+            best, best_epoch = ndcg, number
+            kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seconds = time.perf_counter() - start
+        curve.append(dict(epoch=number, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
+                          best=better))
+        log(f'epoch {number:3d}  loss {loss:8.4f}  valid Recall@10 {recall:.4f}  '
+            f'NDCG@10 {ndcg:.4f}  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
+        if number - best_epoch >= patience:
+            break
+    model.load_state_dict(kept)
+    return curve
+
+
 def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=300, batch=256,
           lr=1e-3, patience=10, device='cpu', log=functools.partial(print, flush=True),
           **settings):
@@ -673,8 +698,9 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     validation; without it they stay in the ranking [authors' code]. At most 300 epochs, batch 256,
     Adam with learning rate 1e-3, stop after 10 epochs without a better validation [authors' code].
     log: called with a line for each epoch. curve: a dict for each epoch with epoch, loss, recall,
-    ndcg, seconds, and best: was it the best so far? Without validation pairs the last epoch is
-    the best. ValueError if training diverges.
+    ndcg, seconds, and best: was it the best so far? Only users with validation items are ranked, so
+    valid may hold a sample of them; without any the last epoch is the best. ValueError if training
+    diverges.
     """
     if name not in MODELS:
         raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')
@@ -685,31 +711,12 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     if name == 'morec':
         settings['rng'] = rng
     model = MODELS[name](adjacency(observed), users0, items0, device=device, **settings)
-    step = optimiser(model, lr)
+    step, threads = optimiser(model, lr), torch.get_num_threads()
     if all(p.shape[1] % 64 == 0 for p in model.parameters()):
         step = on_busy_cores(step, batch)
-    seen = observed if mask_seen else None
-    best, best_epoch, curve, threads = -1., 0, [], torch.get_num_threads()
     try:
-        for epoch in range(1, epochs + 1):
-            start = time.perf_counter()
-            loss = train_epoch(model, step, observed, batch, rng)
-            if not np.isfinite(loss):
-                raise ValueError(f'training diverged in epoch {epoch}: the loss is {loss}')
-            recall, ndcg = (np.mean(x) if valid.nnz else np.nan
-                            for x in evaluate(*model.embeddings(), valid, seen))
-            better = not ndcg <= best
-            if better:
-                best, best_epoch = ndcg, epoch
-                kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            seconds = time.perf_counter() - start
-            curve.append(dict(epoch=epoch, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
-                              best=better))
-            log(f'epoch {epoch:3d}  loss {loss:8.4f}  valid Recall@10 {recall:.4f}  '
-                f'NDCG@10 {ndcg:.4f}  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
-            if epoch - best_epoch >= patience:
-                break
+        curve = early_stopping(model, lambda: train_epoch(model, step, observed, batch, rng), valid,
+                               observed if mask_seen else None, epochs, patience, log)
     finally:
         torch.set_num_threads(threads)
-    model.load_state_dict(kept)
     return model, curve

@@ -33,7 +33,6 @@ test set. Trains on the CPU.
 import copy
 import functools
 import sys
-import time
 
 import chat
 import numpy as np
@@ -179,6 +178,12 @@ class LLMRec(torch.nn.Module):
             output = output + RATES[name] * sides[name]
         return output, sides
 
+    @torch.no_grad()
+    def embeddings(self):
+        """Users (U, K) and items (I, K)."""
+        output, _ = self()
+        return output.split([self.n_users, len(output) - self.n_users])
+
     def loss(self, users, positives, negatives, B):
         """Of the rows (B + pairs,) of a batch, the pairs of the LLM behind -> scalar."""
         output, sides = self()
@@ -221,30 +226,19 @@ def fit_llmrec(args, train, valid, vectors, rng, device, log, sides={}, pairs=No
     how = args.training
     model = LLMRec(train, {'text': vectors, **sides}, rng, how['prune'], how['regulariser'])
     adam = torch.optim.AdamW(model.parameters(), lr=how['lr'])
-    best, best_epoch, curve = -1., 0, []
-    for epoch in range(1, how['epochs'] + 1):
-        start, total = time.perf_counter(), []
+
+    def epoch():
+        total = []
         for triple, B in batches(train, pairs, how['batch'], rng):
             adam.zero_grad()
             loss = model.loss(*triple, B)
             loss.backward()
             adam.step()
             total.append(loss.item())
-        with torch.no_grad():
-            tables = model()[0].split(list(train.shape))
-        if not np.isfinite(total).all():
-            raise ValueError(f'training diverged in epoch {epoch}: choose a lower --rate')
-        recall, ndcg = (np.mean(x) if valid.nnz else np.nan
-                        for x in models.evaluate(*tables, valid, seen))
-        better = not ndcg <= best
-        if better:
-            best, best_epoch, kept = ndcg, epoch, tables
-        curve.append(dict(epoch=epoch, loss=np.mean(total), recall=recall, ndcg=ndcg, best=better,
-                          seconds=time.perf_counter() - start))
-        log(f'epoch {epoch:3d}  valid NDCG@10 {ndcg:.4f}  best {best:.4f} at {best_epoch:3d}')
-        if epoch - best_epoch >= how['patience']:
-            break
-    return *kept, curve, {'K': K, 'parameters': sum(p.numel() for p in model.parameters())}
+        return np.mean(total)
+    curve = models.early_stopping(model, epoch, valid, seen, how['epochs'], how['patience'], log)
+    return *model.embeddings(), curve, {'K': K, 'parameters': sum(p.numel() for p in
+                                                                  model.parameters())}
 
 
 def run_one(args, known, log, fit):

@@ -66,7 +66,7 @@ def closed_form(name, train, vectors, score):
     if name == 'ease':
         tries = (({'lambda': ridge}, ease(inverse(gram, ridge))) for ridge in LAMBDAS)
         return max(((score(B), settings, B) for settings, B in tries), key=lambda found: found[0])
-    F, best = unit(vectors), (-1., {'lambda': None})
+    F, best = unit(vectors), ((-1.,), {'lambda': None})
 
     def of_shares(ridge, C, r):
         P = inverse(gram, ridge)
@@ -98,6 +98,8 @@ class AlphaRec(torch.nn.Module):
         z = models.Propagate.apply(self.mlp(self.text), self.graphs)
         return torch.nn.functional.normalize(z).split([self.n_users, len(z) - self.n_users])
 
+    embeddings = torch.no_grad()(forward)
+
     def loss(self, users, positives, negatives):
         """Softmax over the positive and the negatives: (B,), (B,), (B, 256) -> mean, scalar."""
         users0, items0 = self()
@@ -106,40 +108,39 @@ class AlphaRec(torch.nn.Module):
         return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
-def train_alpharec(train, vectors, lr, score, rng, log):
-    """-> validation NDCG@10, (users (U, K), items (I, K)) of the best epoch, and its number."""
+def train_alpharec(train, valid, vectors, lr, seen, rng, log):
+    """-> the model at its best epoch, and its curve, as of models.train."""
     how, degree = GRIDS['alpharec'], np.diff(train.indptr)
     active = np.flatnonzero((degree > 0) & (degree < train.shape[1]))
     torch.manual_seed(int(rng.integers(2 ** 31)))
-    model, best = AlphaRec(train, vectors), (-1., None, 0)
-    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    for epoch in range(1, how['epochs'] + 1):
-        for _ in range(-(-train.nnz // how['batch'])):     # a user, then an item
+    model = AlphaRec(train, vectors)
+    step = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+
+    def epoch():
+        total = 0.
+        for _ in range(n_steps := -(-train.nnz // how['batch'])):     # a user, then an item
             users = rng.choice(active, how['batch'])
             place = train.indptr[users] + rng.integers(0, degree[users])
             others = models.sample_negatives(train, users.repeat(256), rng).reshape(-1, 256)
-            adam.zero_grad()
-            model.loss(*map(torch.from_numpy, (users, train.indices[place], others))).backward()
-            adam.step()
-        with torch.no_grad():
-            tables = model()
-        ndcg = score(*tables)
-        if ndcg > best[0]:
-            best = ndcg, tables, epoch
-        log(f'epoch {epoch:3d}  valid NDCG@10 {ndcg:.4f}  best {best[0]:.4f} at {best[2]:3d}')
-        if epoch - best[2] >= how['patience']:
-            break
-    return best
+            step.zero_grad()
+            loss = model.loss(*map(torch.from_numpy, (users, train.indices[place], others)))
+            loss.backward()
+            step.step()
+            total += loss.item()
+        return total / n_steps
+    return model, models.early_stopping(model, epoch, valid, seen, how['epochs'], how['patience'],
+                                        log)
 
 
-def closed_ndcg(train, B, target, seen):
-    """Mean NDCG@10 of scores X B, as of models.evaluate; one target a user. X stays sparse."""
+def closed_scores(train, B, target, seen):
+    """Mean NDCG@10 and Recall@10 of scores X B, as of models.evaluate; one target a user. X stays
+    sparse."""
     user, item = target.nonzero()
     ranks = [models.ranks_in(models.spmm(train[user[part]], B), item[part],
                              None if seen is None else seen[user[part]])
              for part in np.array_split(np.arange(len(user)), 1 + len(user) // 200)]
     ranks = np.concatenate(ranks)
-    return np.where(ranks < 10, 1 / np.log2(2 + ranks), 0).mean()
+    return np.where(ranks < 10, 1 / np.log2(2 + ranks), 0).mean(), (ranks < 10).mean()
 
 
 def fit(args, train, valid, vectors, rng, device, log):
@@ -147,27 +148,27 @@ def fit(args, train, valid, vectors, rng, device, log):
     are their interactions (U, I), its items the columns of B."""
     if not valid.nnz:
         raise ValueError('there are no validation items to choose settings by')
-    started, seen, best = time.time(), train if args.seen == 'mask' else None, (-1.,)
+    started, train = time.time(), train.sorted_indices()   # sample_negatives needs it
+    seen = train if args.seen == 'mask' else None
     if args.model == 'alpharec':
-        def score(users, items):
-            return models.evaluate(users, items, valid, seen)[1].mean()
+        found = []
         for lr in RATES:
-            ndcg, tables, epoch = train_alpharec(train, vectors, lr, score, rng, log)
-            best = max(best, (ndcg, {'lr': lr}, tables, epoch), key=lambda found: found[0])
-        (users, items), K, N = best[2], best[2][1].shape[1], vectors.shape[1]
-        parameters = (N + 1) * (N // 2) + (N // 2 + 1) * K
+            model, curve = train_alpharec(train, valid, vectors, lr, seen, rng, log)
+            top = [epoch for epoch in curve if epoch['best']][-1]
+            found.append((top, lr, model))
+        top, lr, model = max(found, key=lambda one: one[0]['ndcg'])
+        (users, items), chosen = model.embeddings(), {'lr': lr}
+        K, parameters = items.shape[1], sum(p.numel() for p in model.parameters())
     else:
         def score(B):
-            ndcg = closed_ndcg(train, B, valid, seen)
+            ndcg, recall = closed_scores(train, B, valid, seen)
             log(f'epoch   1  valid NDCG@10 {ndcg:.4f}  best {ndcg:.4f} at   1')
-            return ndcg
-        best = *closed_form(args.model, train, vectors, score), 1
-        users, items, K = torch.from_numpy(train.toarray()), best[2].T.contiguous(), 'I'
-        parameters = items.numel()
-    recall, ndcg = (score.mean() for score in models.evaluate(users, items, valid, seen))
-    curve = [dict(epoch=best[3], loss=0., recall=recall, ndcg=ndcg, best=True,
-                  seconds=time.time() - started)]
-    return users, items, curve, {'K': K, 'parameters': parameters, 'chosen': best[1]}
+            return ndcg, recall
+        (ndcg, recall), chosen, B = closed_form(args.model, train, vectors, score)
+        users, items, K = torch.from_numpy(train.toarray()), B.T.contiguous(), 'I'
+        parameters, top = items.numel(), dict(epoch=1, loss=0., recall=recall, ndcg=ndcg, best=True)
+    curve = [{**top, 'seconds': time.time() - started}]
+    return users, items, curve, {'K': K, 'parameters': parameters, 'chosen': chosen}
 
 
 def parse(argv):

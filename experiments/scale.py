@@ -6,20 +6,25 @@
         --interactions 5000000 --dim 256 --batch 500000
     torchrun --nproc-per-node=2 experiments/scale.py step --data DIR
     python experiments/scale.py stages --data DIR --dataset beauty
+    python experiments/scale.py limits --data DIR --dataset beauty
     python experiments/scale.py joint --users 200000 --items 100000 --interactions 1000000
 
 rows    writes a CSV of n ratings with a Zipf tail, reads, filters and splits it
 graph   builds A_hat of a synthetic graph, then trains one epoch of LightGCN on it, alone or with
         torchrun; --build-only
-step    per process of torchrun: peak memory, parameters, and bytes of the messages (all-reduce,
-        broadcast) of one training step and one validation of LightGCN, SGL and SGCL on a dataset
+step    per process of torchrun: peak memory, parameters, and bytes of the all-reduces of one
+        training step and one validation of LightGCN, SGL and SGCL on a dataset
 stages  runs llminit.py with var, MPNet's weights in the cache and no vectors: seconds and peak
         memory by stage
+limits  how near the two largest stages are to what the machine can do: a step of LightGCN beside
+        the time that its bytes take at the speed of a copy, and the share of an encoding that is
+        matrix products
 joint   the start of that strategy, of a synthetic graph and random vectors of 768 numbers
 
 Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
 """
 import argparse
+import re
 import resource
 import sys
 import tempfile
@@ -108,9 +113,8 @@ def step(args):
     import torch
     import torch.distributed as dist
     rank, device = models.join()
-    sent, reduce, broadcast = [], dist.all_reduce, dist.broadcast
+    sent, reduce = [], dist.all_reduce
     dist.all_reduce = lambda x, *more: sent.append(x.numel() * x.element_size()) or reduce(x, *more)
-    dist.broadcast = lambda x, r: sent.append(x.numel() * x.element_size()) or broadcast(x, r)
     W = models.ranks()[1]
     rng = np.random.default_rng(0)
     train, valid, _ = data.split(data.load(args.dataset, args.data)[0], rng)
@@ -150,6 +154,54 @@ def joint(args):
           f'{time.perf_counter() - began:.0f} s, peak {peak():.2f} GiB, before {before:.2f}')
 
 
+def median_ms(work, times=50):
+    """Median milliseconds of work(), after five calls that are not counted."""
+    seconds = []
+    for _ in range(times + 5):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * np.median(seconds[5:])
+
+
+def limits(args):
+    """A line for the step of LightGCN, one for its Adam, and one for the encoder."""
+    import data
+    import embed
+    import llminit
+    import models
+    import torch
+    rng = np.random.default_rng(0)
+    loaded = data.load(args.dataset, args.data)
+    train, _, _ = data.split(loaded[0], rng)
+    start = [llminit.xavier(rng, n, args.dim) for n in train.shape]
+    model = models.LightGCN(models.adjacency(train), *start)
+    some = rng.choice(train.nnz, args.batch)
+    users, items = (x[some].astype(np.int64) for x in train.nonzero())
+    part = torch.from_numpy(np.stack([users, items, models.sample_negatives(train, users, rng)]))
+    step, big = models.optimiser(model, 1e-3), torch.ones(2 ** 26)                   # 256 MiB
+    target = big.clone()
+    per_ms = 2 * 2 ** 28 / median_ms(lambda: target.copy_(big), 10)      # read and written
+    whole = median_ms(lambda: step(part))
+    adam = torch.optim.Adam([model.table], fused=True)
+    model.table.grad = torch.ones_like(model.table)
+    # Adam reads four tables and writes three; before it the gradient is cleared and filled
+    table = 4 * model.table.numel()
+    for name, ms, n in (('step', whole, 9), ('its Adam', median_ms(adam.step), 7)):
+        print(f'{name}: {ms:.2f} ms; {n} x {table / 2 ** 20:.1f} MiB take {n * table / per_ms:.2f} '
+              f'ms at the speed of a copy, {per_ms / 1e6:.1f} GB/s')
+    folder = Path('~/.cache/llminit/all-mpnet-base-v2').expanduser()
+    texts, dtype = loaded[1][:200], embed.fast_dtype('cpu')
+    with torch.profiler.profile() as profile:
+        embed.run_mpnet(texts, folder, 'cpu', dtype)
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    product = sum(t for name, t in spent.items() if re.search(r'mm$|attention|linear', name))
+    print(f'mpnet in {dtype}: {product / sum(spent.values()):.0%} of {len(texts)} texts is matrix '
+          f'products; most of the rest: ' + ', '.join(
+              f'{name} {t / sum(spent.values()):.0%}' for name, t in sorted(
+                  spent.items(), key=lambda pair: -pair[1])[:8]))
+
+
 def stages(args):
     """A row for each stage of llminit.main(), and the peak of memory so far at its end."""
     began = time.perf_counter()
@@ -185,7 +237,7 @@ def stages(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('what', choices=('rows', 'graph', 'step', 'stages', 'joint'))
+    p.add_argument('what', choices=('rows', 'graph', 'step', 'stages', 'limits', 'joint'))
     p.add_argument('--n', type=int, default=10 ** 7, help='rows')
     p.add_argument('--users', type=int, default=2 * 10 ** 6)
     p.add_argument('--items', type=int, default=10 ** 6)
@@ -198,7 +250,8 @@ def main():
     args = p.parse_args()
     args.dim = args.dim or (64 if args.what == 'graph' else 128)
     args.batch = args.batch or (2 ** 21 if args.what == 'graph' else 256)
-    {'rows': rows, 'graph': graph, 'step': step, 'stages': stages, 'joint': joint}[args.what](args)
+    {'rows': rows, 'graph': graph, 'step': step, 'stages': stages, 'limits': limits,
+     'joint': joint}[args.what](args)
 
 
 if __name__ == '__main__':

@@ -404,7 +404,7 @@ class TestPeers:
             expected, seen = without(X, X, ridge, *((share * ridge, C) if r else ())), []
 
             def score(B):                                  # the search finds what it is to find
-                seen.append(-np.abs(B.numpy() - expected).max())
+                seen.append((-np.abs(B.numpy() - expected).max(),))
                 return seen[-1]
             best, settings, B = peers.closed_form(name, train, vectors, score)
             assert tuple(settings.values()) == values and len(seen) == count
@@ -438,8 +438,9 @@ class TestPeers:
         B = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
         seen = train if masked else None
         users = torch.from_numpy(train.toarray())
-        _, ndcg = models.evaluate(users, B.T.contiguous(), target, seen)
-        assert abs(peers.closed_ndcg(train, B, target, seen) - ndcg.mean()) < 1e-12
+        recall, ndcg = models.evaluate(users, B.T.contiguous(), target, seen)
+        expected = ndcg.mean(), recall.mean()
+        np.testing.assert_allclose(peers.closed_scores(train, B, target, seen), expected, 1e-12)
 
     def test_a_grid_of_peers_is_kept_and_tabled_beside_ours(self, own, tmp_path, capsys,
                                                             monkeypatch):
