@@ -228,16 +228,12 @@ def clean_char(char):
 
 @functools.cache
 def fold_char(char):
-    """Accents go, letters become small. One by one: in a word, Python would end it on a final
-    sigma, which this vocabulary's tokenizer does not know."""
-    return '' if unicodedata.category(char) == 'Mn' else char.lower()
-
-
-@functools.cache
-def part_char(char):
-    """Unicode punctuation and every ASCII sign ($, +, <, ...) stand alone."""
-    sign = char in string.punctuation or unicodedata.category(char)[0] == 'P'
-    return f' {char} ' if sign else char
+    """Accents go, letters become small, punctuation and every ASCII sign ($, +, ...) stand alone.
+    One by one: in a word, Python would end it on a final sigma, which the vocabulary lacks."""
+    kind = unicodedata.category(char)
+    if kind[0] == 'P' or char in string.punctuation:
+        return f' {char} '
+    return '' if kind == 'Mn' else char.lower()
 
 
 class Tokenizer:
@@ -255,37 +251,30 @@ class Tokenizer:
         missing = {*SPECIALS, '<unk>'} - set(vocab)
         if missing:
             raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
-        self.longest = max(map(len, vocab))
         self.pieces = functools.cache(self.pieces)   # titles share most of their words
 
     def pieces(self, word):
         """Ids of one word, longest match first; [UNK] for all of it if a part has no token."""
-        out, start = [], 0
-        while start < len(word) <= 100:              # [authors' code: longer words are unknown]
-            for end in range(min(len(word), start + self.longest), start, -1):
-                token = self.ids.get(('##' if start else '') + word[start:end])
-                if token is not None:
-                    break
+        out, start, end = [], 0, len(word)
+        while start < end <= 100:                    # [authors' code: longer words are unknown]
+            token = self.ids.get(('##' if start else '') + word[start:end])
+            if token is None:
+                end -= 1
             else:
-                break
-            out.append(token)
-            start = end
+                out.append(token)
+                start, end = end, len(word)
         return out if start == len(word) else [self.ids['[UNK]']]
-
-    def words(self, text):
-        """Words, punctuation signs and special tokens of a text."""
-        for part in re.split(f'({"|".join(map(re.escape, SPECIALS))})', text):
-            if part in SPECIALS:
-                yield part
-                continue
-            part = unicodedata.normalize('NFD', ''.join(map(clean_char, part)))
-            for part in re.split('(<unk>)', ''.join(map(fold_char, part))):   # in any case
-                yield from [part] if part == '<unk>' else ''.join(map(part_char, part)).split()
 
     def __call__(self, text):
         """Ids of a text between <s> and </s>, all of them."""
-        words = '<s>', *self.words(text), '</s>'
-        return [token for word in words for token in self.pieces(word)]
+        words = ['<s>']
+        for part in re.split(f'({"|".join(map(re.escape, SPECIALS))})', text):
+            if part not in SPECIALS:
+                part = unicodedata.normalize('NFD', ''.join(map(clean_char, part)))
+                part = ''.join(map(fold_char, part))
+                part = part.replace(' < unk > ', ' <unk> ')    # this special in any case: <UNK>
+            words += part.split()
+        return [token for word in [*words, '</s>'] for token in self.pieces(word)]
 
 
 def position_buckets(n_tokens, n_buckets):
@@ -442,16 +431,14 @@ def fast_dtype(device):
 
 def batches(lengths, budget):
     """Indices of the texts, longest first, in lists of at most budget tokens (or one text).
-
-    Longest first: the greatest need for memory shows at once, and the time left is never too low.
-    """
-    out, used = [], budget
+    So the greatest need for memory shows at once, and the time left is never too low."""
+    out, used = [], math.inf
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if used + lengths[n] > budget:
-            out.append([])
-            used = 0
-        out[-1].append(n)
         used += lengths[n]
+        if used > budget:
+            out.append([])
+            used = lengths[n]
+        out[-1].append(n)
     return out
 
 
@@ -480,8 +467,8 @@ def run_mpnet(texts, folder, device, dtype):
 def cached(texts, cache, name, settings, compute):
     """compute(texts), or the array that a file in cache has of an earlier call.
 
-    The file is named by a hash of the settings and the texts. It is a .npy with the SHA-256 of its
-    bytes behind them, which np.load does not mind; a damaged one is computed again.
+    A hash of the settings and the texts names the file: a .npy and, behind it, the SHA-256 of its
+    bytes. A damaged one is computed again.
     """
     key = hashlib.sha256(repr((VERSION, *settings)).encode())
     for text in texts:
@@ -510,17 +497,18 @@ def cached(texts, cache, name, settings, compute):
 
 
 def mpnet(texts, folder, cache, device):
-    """(I, N) vectors from the MPNet checkpoint in a folder, or the pinned one if it is None."""
-    dtype, kind = fast_dtype(device), torch.device(device).type
-    checkpoint = ([sha256_of(folder / name) for name in FILES] if folder else
-                  [sha256 for sha256, _ in FILES.values()])
+    """(I, N) vectors from the MPNet checkpoint in folder, or from the pinned one if it is None."""
+    pinned, folder = folder is None, folder or cache / NAME
+    checkpoint = [sha256 if pinned else sha256_of(folder / name)
+                  for name, (sha256, _) in FILES.items()]
+    dtype = fast_dtype(device)
 
     def compute(texts):
-        if not folder:
-            fetch_mpnet(cache / NAME)
-        return run_mpnet(texts, folder or cache / NAME, device, dtype)
-    settings = checkpoint, *read_config(folder or cache / NAME), dtype, kind
-    return cached(texts, cache, (folder or cache / NAME).resolve().name, settings, compute)
+        if pinned:
+            fetch_mpnet(folder)
+        return run_mpnet(texts, folder, device, dtype)
+    settings = checkpoint, *read_config(folder), dtype, torch.device(device).type
+    return cached(texts, cache, folder.resolve().name, settings, compute)
 
 
 def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compare]
@@ -561,9 +549,10 @@ def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compar
 
 def read_vectors(path):
     """ids [n] or None, and vectors (n, N), of a .npy, an .npz, or RecBole's .itememb."""
+    ids = None
     if path.suffix == '.npy':
-        return None, np.load(path, allow_pickle=False)
-    if path.suffix == '.npz':
+        vectors = np.load(path, allow_pickle=False)
+    elif path.suffix == '.npz':
         with np.load(path, allow_pickle=False) as file:
             if not {'ids', 'vectors'} <= {*file}:
                 raise ValueError(f'the arrays {", ".join(file)}')
@@ -571,12 +560,18 @@ def read_vectors(path):
         if ids.dtype.kind == 'f' and (ids % 1 == 0).all():             # as pandas writes 7: 7.0
             ids = ids.astype(np.int64)
         ids = [name.decode() if isinstance(name, bytes) else str(name) for name in ids.tolist()]
-        return ids, vectors
-    head, *lines = filter(str.strip, path.read_text(encoding='utf8').split('\n'))
-    if not re.fullmatch(r'\S+:token\t\S+:float_seq', head):
-        raise ValueError(f'the first line {head[:60]!r}, not item_id:token and a float_seq')
-    ids, rows = zip(*(line.split('\t') for line in lines))
-    return list(ids), np.array([row.split() for row in rows], np.float32)
+    else:
+        head, *lines = filter(str.strip, path.read_text(encoding='utf8').split('\n'))
+        if not re.fullmatch(r'\S+:token\t\S+:float_seq', head):
+            raise ValueError(f'the first line {head[:60]!r}, not item_id:token and a float_seq')
+        ids, rows = zip(*(line.split('\t') for line in lines))
+        vectors = np.array([row.split() for row in rows], np.float32)
+    if vectors.ndim != 2 or vectors.dtype.kind not in 'fiu' or 0 in vectors.shape:
+        raise ValueError(f'vectors of {str(vectors.dtype)[:40]} and shape {vectors.shape}')
+    if ids is not None and not len(ids) == len({*ids}) == len(vectors):
+        raise ValueError(f'{len(ids)} ids, {len({*ids})} of them different, for {len(vectors)} '
+                         'vectors')
+    return ids, vectors
 
 
 def from_file(path, n_items, ids):
@@ -585,21 +580,15 @@ def from_file(path, n_items, ids):
     repair = 'numpy.savez(PATH, ids=ids.astype(str), vectors=vectors)'
     try:
         names, vectors = read_vectors(path)
-        if vectors.ndim != 2 or vectors.dtype.kind not in 'fiu' or 0 in vectors.shape:
-            raise ValueError(f'vectors of {str(vectors.dtype)[:40]} and shape {vectors.shape}')
-        if names is not None and not len(names) == len({*names}) == len(vectors):
-            raise ValueError(f'{len(names)} ids, {len({*names})} of them different, for '
-                             f'{len(vectors)} vectors')
     except DAMAGED as error:
         raise ValueError(f'{path} holds {one_line(error)}; expected what {repair} writes, a row of '
                          'numbers for each id') from None
-    if names is None:
-        if len(vectors) != n_items:
-            raise ValueError(f'{path} holds {len(vectors)} rows for the {n_items} items that stay '
-                             f'after filtering; {repair} is aligned by id')
-    else:
+    if names is None and len(vectors) != n_items:
+        raise ValueError(f'{path} holds {len(vectors)} rows for the {n_items} items that stay '
+                         f'after filtering; {repair} is aligned by id')
+    if names is not None:
         row = {name: n for n, name in enumerate(names)}
-        ids = list(map(str, ids if ids is not None else ['(no ids were given)']))
+        ids = ['(no ids were given)'] if ids is None else list(map(str, ids))
         missing = [name for name in ids if name not in row]
         if missing:
             raise ValueError(one_line(f'{path} lacks {len(missing)} of {n_items} items, such as '
@@ -635,17 +624,18 @@ def post(path, body, field):
             # a redirect could carry texts and key to another host
             answer = session.post(f'{base}/{path}', json=body, timeout=(10, 120), headers=headers,
                                   allow_redirects=False)
-        status, found = answer.status_code, None
-        with contextlib.suppress(ValueError, RecursionError):
+        status = answer.status_code
+        with contextlib.suppress(ValueError, RecursionError):    # no JSON: its words are told
             found = answer.json()
-        if status == 200 and isinstance(found, dict) and found.get(field):
-            return found | {'retries': len(answer.raw.retries.history)}
+            if status == 200 and isinstance(found, dict) and found.get(field):
+                return found | {'retries': len(answer.raw.retries.history)}
         hint = '' if base.endswith('/v1') else '; OPENAI_BASE_URL mostly ends in /v1'
         raise OSError(f'{status} {answer.text[:300]}{hint}')
     except (OSError, ValueError) as error:
         said = one_line(error)
-        for secret in (key, key.replace('/', '\\/'), quote(key, safe='')):
-            said = said.replace(secret, '***') if len(key) > 9 else said       # EMPTY is none
+        if len(key) > 9:                             # a made-up key such as EMPTY is no secret
+            for secret in (key, key.replace('/', '\\/'), quote(key, safe='')):
+                said = said.replace(secret, '***')
         error = OSError(f'{base}/{path}: {said}')
         error.status = status
         raise error from None
@@ -658,7 +648,7 @@ def read_answer(rows, n_texts):
     if any(places):
         if sorted(places) != list(range(n_texts)):
             raise ValueError(f'indices {places}')
-        rows = sorted(rows, key=lambda row: row.get('index') or 0)
+        rows = [rows[n] for n in np.argsort(places)]
     vectors = [row['embedding'] for row in rows]
     if all(isinstance(vector, str) for vector in vectors):
         vectors = [np.frombuffer(base64.b64decode(vector), '<f4') for vector in vectors]
