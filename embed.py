@@ -63,7 +63,8 @@ SPECIALS = ('<s>', '<pad>', '</s>', '[UNK]', '<mask>')      # found in the text 
 CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
        (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F))   # the gap is the tokenizer's
 REQUEST_TEXTS = 32         # of a request to an endpoint [ours: TEI takes 32 by default]
-TEXT_BYTES = 8000          # of a text [ours: OpenAI takes 8,191 tokens, each of a byte or more]
+TEXT_BYTES = 8000          # of a text to an endpoint [ours: a token has a byte or more, and OpenAI
+                           # takes 8,191 tokens a text and 300,000 a request]
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16,
           'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32}
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
@@ -300,11 +301,11 @@ class Layer(nn.Module):
         self.output = nn.ModuleDict({'dense': nn.Linear(inner, width),
                                      'LayerNorm': nn.LayerNorm(width, eps)})
 
-    def forward(self, x, shapes, bias):
-        """x (M, N) of groups with shapes [(B, T)] -> (M, N); bias (H, T, T) is added to the scores.
+    def attend(self, x, shapes, bias):
+        """Self-attention of x (M, N), within each text; bias (H, T, T) is added to the scores.
 
-        Attention is always in float32: a bias of 10, rounded to bfloat16, is off by up to .03, and
-        one text in 200 had a cosine of .9998 [measured].
+        Always in float32: a bias of 10, rounded to bfloat16, is off by up to .03, and one text in
+        200 had a cosine of .9998 [measured].
         """
         attn, sizes, mixed = self.attention.attn, [b * t for b, t in shapes], []
         qkv = [attn[name](x).float().split(sizes) for name in 'qkv']      # (B * T, N) a group
@@ -314,7 +315,10 @@ class Layer(nn.Module):
                          for part in group]                               # (B, H, T, N / H)
                 out = F.scaled_dot_product_attention(*heads, attn_mask=bias[None, :, :t, :t])
                 mixed.append(out.transpose(1, 2).reshape(b * t, -1))      # (B * T, N)
-        x = self.attention.LayerNorm(x + attn.o(torch.cat(mixed)))        # (M, N)
+        return attn.o(torch.cat(mixed))                                   # (M, N)
+
+    def forward(self, x, shapes, bias):
+        x = self.attention.LayerNorm(x + self.attend(x, shapes, bias))    # (M, N)
         # In slices of one size the allocator uses the same memory again; in whole batches of
         # varying M it kept 110 MB more, and was no faster [measured: float32, 2 cores].
         slices = [self.output.dense(F.gelu(self.intermediate.dense(part)))    # exact GELU
