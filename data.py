@@ -29,7 +29,6 @@ What is dropped is counted on stderr. Not here: ratings as weights, cleaning of 
 U users, I items, E interactions. Needs numpy, scipy and requests. MIT licence, from LLMInit's
 reference implementation.
 """
-import contextlib
 import csv
 import gzip
 import hashlib
@@ -43,6 +42,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import requests
@@ -56,14 +56,11 @@ FOLDERS = {'beauty': 'amazon-beauty', 'toys': 'amazon-toys-games',    # [ours: R
            'tools': 'amazon-tools-home-improvement', 'office': 'amazon-office-products',
            'ml-100k': 'ml-100k'}
 ML_100K = 'recbole==1.2.1'             # [ours: real data for who reaches nothing but PyPI]
-SHA256 = {'ml-100k.inter': '4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff',
-          'ml-100k.item': '51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532'}
+ML_100K_SHA256 = '9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407'
 SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
          'tools': (9245, 6198, 73250), 'office': (3260, 1583, 36544),  # [paper], less the padding
          'ml-100k': (938, 1008, 54413)}                                # row; [ours: measured]
-AMAZON_TEXT = ['title', 'brand', 'categories']     # [ours: what the authors' source holds]
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
-MAX_CELL = 1 << 24                     # letters [ours: the csv module's 2^17 are too few]
 CHUNK = 256                            # rows at a time [ours: measured; more leave the CPU cache]
 NAMES = {name.replace('_', ''): name for name in     # by plain(): what columns are called here
          ('user_id', 'item_id', 'rating', 'label', 'timestamp', 'title')}
@@ -105,104 +102,94 @@ def download(url, path, sha256=None, size=None):
 
     A body that breaks off is continued with Range, four times at most.
     """
-    part = f'{path}.{os.urandom(4).hex()}.part'
+    part = Path(f'{path}.{os.urandom(4).hex()}.part')
     again = HTTPAdapter(max_retries=Patience(4, backoff_factor=.5,
                                              status_forcelist=(408, 429, 500, 502, 503, 504)))
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
             session.mount('http://', again)
             session.mount('https://', again)
-            for left in range(4, -1, -1):
+            for left in (4, 3, 2, 1, 0):
                 at = file.tell()
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
                 answer = session.get(url, stream=True, timeout=(10, 60), headers=headers)
                 answer.raise_for_status()
-                if not answer.headers.get('Content-Range', '').startswith(f'bytes {at}-'):
+                if answer.status_code != 206:
                     file.truncate(file.seek(0))            # the server sends all of it again
                 try:
                     for block in answer.iter_content(1 << 16):
                         file.write(block)
                         if sys.stderr.isatty():
                             print(f'{file.tell() >> 20:5} MB of {url}', end='\r', file=sys.stderr)
-                        if size and file.tell() > size:    # an endless body must not fill the disk
-                            break
                     break
                 except requests.RequestException:
                     if not left:
                         raise
-            came = file.tell()
             file.seek(0)
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if came != (size or came) or found != (sha256 or found):
+            found, came = hashlib.file_digest(file, 'sha256').hexdigest(), file.tell()
+        if size not in (None, came) or sha256 not in (None, found):
             raise OSError(f'{came} bytes with SHA-256 {found}; expected {size} with {sha256}')
-        os.replace(part, path)
+        part.replace(path)
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        part.unlink(missing_ok=True)
+
+
+def fetch(dataset, scratch):
+    """Path of a dataset's zip, or of the wheel that has it, downloaded into a scratch folder."""
+    if dataset in ZIPS:
+        archive = Path(scratch, ZIPS[dataset])
+        download(URL + ZIPS[dataset], archive)
+        return archive
+    ran = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest',
+                          scratch, '--disable-pip-version-check', '--only-binary=:all:', ML_100K],
+                         capture_output=True, text=True, errors='replace')
+    if ran.returncode:
+        raise OSError(f'pip download {ML_100K}: {ran.stderr.strip().rpartition(chr(10))[2]}')
+    archive = next(Path(scratch).iterdir())
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != ML_100K_SHA256:
+        raise ValueError(f'{archive.name}: SHA-256 is {found}, expected {ML_100K_SHA256}')
+    return archive
 
 
 def unpack(archive, suffix, path):
-    """Copy the one member of a zip whose name ends in suffix to path. ValueError if there is none.
-
-    The member's own path is not used, so nothing can be written elsewhere; its size is bounded, and
-    zipfile checks its CRC.
-    """
+    """Copy the one member of a zip whose name ends in suffix to path, wherever the member would
+    go. ValueError if there is none, if it is too large or damaged (zipfile checks its CRC)."""
     try:
         with zipfile.ZipFile(archive) as box:
-            found = [member for member in box.infolist() if member.filename.endswith(suffix)
-                     and not os.path.basename(member.filename).startswith('.')]
-            told = [(m.filename, m.file_size, m.compress_type) for m in found]
+            found = [(m.filename, m.file_size, m.compress_type) for m in box.infolist()
+                     if m.filename.endswith(suffix) and '/._' not in m.filename]     # macOS's own
             # zipfile unpacks only methods 0 and 8 in bounded pieces
-            if len(found) != 1 or told[0][1] > MAX_UNPACKED or told[0][2] not in (0, 8):
+            if len(found) != 1 or found[0][1] > MAX_UNPACKED or found[0][2] not in (0, 8):
                 raise ValueError(f'expected one *{suffix} of at most {MAX_UNPACKED:,} bytes, found '
-                                 f'{told}')
-            with box.open(found[0]) as source, open(path, 'wb') as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+                                 f'{found}')
+            with box.open(found[0][0]) as source, open(path, 'wb') as file:
+                shutil.copyfileobj(source, file)
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f'{os.path.basename(archive)} is not a zip as expected: {error}') from None
-
-
-def fetch(dataset, names, scratch):
-    """Bring the two files of a dataset into a scratch folder."""
-    if dataset in ZIPS:
-        archive, suffixes = os.path.join(scratch, ZIPS[dataset]), ('.inter', '.item')
-        download(URL + ZIPS[dataset], archive)
-    else:
-        ran = subprocess.run(
-            [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', scratch,
-             '--disable-pip-version-check', '--only-binary=:all:', ML_100K], text=True,
-            capture_output=True, errors='replace')
-        if ran.returncode:
-            raise OSError(f'pip download {ML_100K}: {ran.stderr.strip().rpartition(chr(10))[2]}')
-        archive, suffixes = next(os.scandir(scratch)).path, names
-    for suffix, name in zip(suffixes, names):
-        path = os.path.join(scratch, name)
-        unpack(archive, suffix, path)
-        with open(path, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if found != SHA256.get(name, found):
-            raise ValueError(f'{name}: SHA-256 is {found}, expected {SHA256[name]}')
+        raise ValueError(f'{archive.name} is not a zip as expected: {error}') from None
 
 
 def dataset_files(dataset, folder):
     """Paths of a dataset's .inter and .item file, fetched if missing; what is there stays."""
-    home = os.path.join(folder, FOLDERS[dataset])
-    names = [FOLDERS[dataset] + suffix for suffix in ('.inter', '.item')]
-    paths = [os.path.join(home, name) for name in names]
-    if not all(map(os.path.isfile, paths)):
-        try:
+    name = FOLDERS[dataset]
+    paths = [Path(folder, name, name + suffix) for suffix in ('.inter', '.item')]
+    missing = [path for path in paths if not path.is_file()]
+    try:
+        if missing:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as scratch:
-                fetch(dataset, names, scratch)
-                os.makedirs(home, exist_ok=True)
-                for name, path in zip(names, paths):
-                    if not os.path.isfile(path):
-                        os.replace(os.path.join(scratch, name), path)
-        except (ValueError, OSError) as error:
-            raise OSError(f'{dataset}: {error}; place {" and ".join(names)} in {home} by hand '
-                          '(experiments/amazon2014.py makes them from the raw files)') from None
+                archive = fetch(dataset, scratch)
+                for path in paths:
+                    unpack(archive, path.suffix, Path(scratch, path.name))
+                os.makedirs(paths[0].parent, exist_ok=True)
+                for path in missing:
+                    Path(scratch, path.name).replace(path)
+    except (ValueError, OSError) as error:
+        raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in '
+                      f'{paths[0].parent} by hand (experiments/amazon2014.py makes them from the '
+                      'raw files)') from None
     return paths
 
 
@@ -212,45 +199,24 @@ def plain(name):
 
 
 def header(cells, columns):
-    """[(name, type)] of columns; the type may be ''. `columns`, then NAMES, rename a column unless
-    the new name is there. ValueError if two are called the same."""
-    kinds = '(.*?)(?::(token|token_seq|float|float_seq))?'
-    found = [re.fullmatch(kinds, cell.strip(), re.DOTALL).groups('') for cell in cells]
-    for renamed in (lambda name: columns.get(name), lambda name: NAMES.get(plain(name))):
-        there = {name for name, _ in found}
-        found = [(name if renamed(name) in there else renamed(name) or name, kind)
-                 for name, kind in found]
-    names = [name for name, _ in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f'several columns are {twice}: {some(cells)}')
-    return found
-
-
-def good_rows(reader, first, dropped):
-    """Yield the rows of a csv reader that have as many cells as `first`, the header, and are not it
-    again; add the numbers of the other lines to dropped."""
-    line = reader.line_num
-    while True:
-        try:
-            for row in reader:
-                if len(row) == len(first) and row != first:
-                    yield row
-                elif row:
-                    dropped.append(reader.line_num)
-                line = reader.line_num
-            return
-        except csv.Error as error:
-            if reader.line_num > line + 1:                 # lines would be lost with it
-                raise ValueError(f'the quote in line {line + 1} does not end before line '
-                                 f'{reader.line_num} ({error}); inside quotes double it') from None
-            dropped.append(reader.line_num)
-            line = reader.line_num
+    """{name: type} of the columns; the type may be ''. `columns`, then NAMES, rename a column
+    unless the new name is there. ValueError if two are called the same."""
+    parts = '(.*?)(?::(token|token_seq|float|float_seq))?'
+    found = [re.fullmatch(parts, cell.strip(), re.DOTALL).groups('') for cell in cells]
+    names, kinds = [name for name, _ in found], [kind for _, kind in found]
+    for renamed in (columns.get, lambda name: NAMES.get(plain(name))):
+        there = {*names}
+        names = [name if renamed(name) in there else renamed(name) or name for name in names]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f'several columns are {twice[0]}: {some(cells)}')
+    return dict(zip(names, kinds))
 
 
 def read_rows(path, columns, dropped):
-    """Yield the header() of a file, then its rows, all as wide; see good_rows(). ValueError if the
-    file is damaged or not UTF-8, or if a quote never ends."""
+    """Yield the header() of a file, then the rows with as many cells that do not repeat it; append
+    the numbers of the other lines to dropped. ValueError if the file is damaged or not UTF-8, or
+    if a quote never ends."""
     first = ''
     try:
         with open(path, 'rb') as file:
@@ -260,13 +226,28 @@ def read_rows(path, columns, dropped):
             if first.startswith(('#', 'sep=')):
                 raise ValueError(f'the first line must be the header: delete {first!r}')
             atomic = re.search(':(token|float)', first)    # a quote is a letter there
-            csv.field_size_limit(MAX_CELL)
+            csv.field_size_limit(1 << 24)                  # letters; the default 2^17 are too few
             reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
                                 delimiter=max('\t,;|', key=first.count), strict=True,
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
             cells = next(reader, [])
             yield header(cells, columns)
-            yield from good_rows(reader, cells, dropped)
+            while True:
+                line = reader.line_num
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    if reader.line_num > line + 1:         # lines would be lost with it
+                        raise ValueError(f'the quote in line {line + 1} does not end before line '
+                                         f'{reader.line_num} ({error}); inside quotes double it')
+                    dropped.append(reader.line_num)
+                    continue
+                if row is None:
+                    return
+                if len(row) == len(cells) and row != cells:
+                    yield row
+                elif row:
+                    dropped.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
@@ -277,84 +258,84 @@ def read_rows(path, columns, dropped):
 
 def read_table(path, columns, needed, more=None):
     """{name: (codes (E,), distinct strings by first appearance)} of the needed columns and those of
-    `more` that are there, None for all; {name: type} of all; and the lines that were dropped.
+    `more` that are there, None for all; {name: type} of all; and {why: how many} rows are dropped.
+    Strings have no blanks around them; a missing one is ''.
 
     No Python code runs for a cell: a defaultdict whose default is its own length numbers new
     strings in C.
     """
     dropped = []
     rows = read_rows(path, columns, dropped)
-    kinds = dict(names := next(rows))
-    if not set(needed) <= set(kinds):
+    kinds = next(rows)
+    if not {*needed} <= {*kinds}:
         raise ValueError(f'{path}: expected the columns {some(needed)}, found {some(kinds)}')
-    picked = [n for n, (name, _) in enumerate(names) if more is None or name in (*needed, *more)]
-    tables, codes = [defaultdict() for _ in picked], [[np.empty(0, np.int32)] for _ in picked]
+    picked = {name: n for n, name in enumerate(kinds) if more is None or name in (*needed, *more)}
+    tables, codes = [defaultdict() for _ in picked], [[] for _ in picked]
     for table in tables:
         table.default_factory = table.__len__
     while chunk := list(itertools.islice(rows, CHUNK)):
         cells = list(zip(*chunk))
-        for n, table, out in zip(picked, tables, codes):
+        for n, table, out in zip(picked.values(), tables, codes):
             out.append(np.fromiter(map(table.__getitem__, cells[n]), np.int32, len(chunk)))
     if not tables[0]:
-        raise ValueError(f'{path}: no rows with the {len(names)} cells of the header, but '
+        raise ValueError(f'{path}: no rows with the {len(kinds)} cells of the header, but '
                          f"{len(dropped)} others: R's row names, or a sign at each line's end?")
-    return ({names[n][0]: (np.concatenate(out), list(table))
-             for n, table, out in zip(picked, tables, codes)}, kinds, dropped)
+    strings = [['' if text in MISSING else text for text in map(str.strip, table)]
+               for table in tables]
+    return ({name: (np.concatenate(out), texts) for name, out, texts in zip(picked, codes, strings)},
+            kinds, {f'unlike the header (line {some(dropped, 3)})': len(dropped)})
 
 
 def clean_ids(codes, ids, path):
-    """Codes (E,) and distinct ids without blanks around them; a missing id has code -1."""
-    bare = [name.strip() for name in ids]
-    place = {name: n for n, name in enumerate(dict.fromkeys(bare))}
+    """Codes (E,) of the distinct ids, and those; a missing id has code -1."""
+    place = {name: n for n, name in enumerate(dict.fromkeys(filter(None, ids)))}
     for name in place:
-        if not name.isprintable() and re.search('[\0-\37]', name):
+        if re.search('[\0-\37]', name):
             raise ValueError(f'{path}: the id {name[:60]!r} holds a sign that no id has: is a quote'
                              ' not closed, or the file not UTF-8?')
         if re.fullmatch(r'\d([.,]\d+)?[Ee]\+?\d+', name):
             note(f'{path}: an id is {name}, as spreadsheets round long numbers: different ids may '
                  'have become one', 'warning')
             break
-    new = np.array([-1 if name in MISSING else place[name] for name in bare], np.int32)
-    return new[codes], list(place)
+    return np.array([place.get(name, -1) for name in ids], np.int32)[codes], list(place)
 
 
 def to_number(text):
     """A float; NaN if it is missing, -inf if it is no number."""
-    text = {'true': '1', 'false': '0'}.get(text.strip().lower(), text.strip())
-    with contextlib.suppress(ValueError):
-        return np.nan if text in MISSING else float(text.replace(',', '.'))
-    return -np.inf
+    text = {'true': '1', 'false': '0', '': 'nan'}.get(text.lower(), text)
+    try:
+        return float(text.replace(',', '.'))
+    except ValueError:
+        return -np.inf
 
 
 def read_interactions(path, min_rating, columns, timestamps):
     """Of the rows with ids: user and item codes (E,), positive or not (E,), times (E,) or None; the
     users' and the items' ids; and {why: how many} of the rows that are no interactions."""
     needed = 'user_id', 'item_id', *('timestamp',) * timestamps
-    table, _, dropped = read_table(path, columns, needed, ('rating', 'label'))
+    table, _, lost = read_table(path, columns, needed, ('rating', 'label'))
     users, user_ids = clean_ids(*table['user_id'], path)
     items, item_ids = clean_ids(*table['item_id'], path)
-    numbers = {name: np.array([to_number(text) for text in table[name][1]])
-               for name in table.keys() - {'user_id', 'item_id'}}
     good = (users >= 0) & (items >= 0)
-    lost = {f'unlike the header (line {some(dropped, 3)})': len(dropped),
-            'without an id': (~good).sum()}
+    lost['without an id'] = (~good).sum()
     positive, times = np.ones(len(users), bool), None
-    if name := next((name for name in ('rating', 'label') if name in numbers), None):
-        ratings = numbers[name][table[name][0]]
+    if rated := table.get('rating') or table.get('label'):
+        codes, texts = rated
+        ratings = np.array([to_number(text) for text in texts])[codes]
         lost['with a rating that is no number'] = (good & (ratings == -np.inf)).sum()
         good &= ratings != -np.inf
         label = set(ratings[good & ~np.isnan(ratings)]) <= {0., 1.}
         positive = ~(ratings < (1 if label else min_rating))     # NaN, a missing one, is positive
         lost['labelled 0' if label else f'rated below {min_rating:g}'] = (good & ~positive).sum()
     if timestamps:
-        (codes, texts), times = table['timestamp'], numbers['timestamp']
+        codes, texts = table['timestamp']
+        times = np.array([to_number(text) for text in texts])
         if (times == -np.inf).any():
             try:
-                dates = ['NaT' if text.strip() in MISSING else text.strip().rstrip('Z')
-                         for text in texts]
-                times = np.array(dates, 'datetime64[ms]').astype(float)
+                dates = np.array([text.rstrip('Z') for text in texts], 'datetime64[ms]')
             except ValueError as error:
                 raise ValueError(f'{path}: timestamps are numbers or ISO dates: {error}') from None
+            times = dates.astype(float)
         times = np.nan_to_num(times, nan=-np.inf)[codes][good]           # a missing one is oldest
     return users[good], items[good], positive[good], times, user_ids, item_ids, lost
 
@@ -362,74 +343,73 @@ def read_interactions(path, min_rating, columns, timestamps):
 def is_text(kind, strings):
     """Whether a column is text, by its type, or if at least half of its cells are, which are not
     missing: no numbers, nor addresses, words with :// in them."""
-    cells = [text for text in strings if text.strip() not in MISSING]
+    cells = [text for text in strings if text]
     texts = [text for text in cells if (kind or to_number(text) == -np.inf)
              and not all('://' in word for word in text.split())]
-    return kind[:5] in ('token', '') and 2 * len(texts) >= max(len(cells), 1)
+    return not kind.startswith('float') and 2 * len(texts) >= max(len(cells), 1)
 
 
 def read_items(path, text_columns, columns):
     """The distinct items' ids, texts and titles in the order of the file, and the text columns."""
-    table, kinds, dropped = read_table(path, columns, ['item_id'])
+    table, kinds, lost = read_table(path, columns, ['item_id'])
     codes, ids = clean_ids(*table.pop('item_id'), path)
     both = {*NAMES.values()} - {'title'} if 'user_id' in kinds else ()     # not of the items
     table = {name: column for name, column in table.items() if name not in both}
     taken = [name for name in table if name == 'title' or is_text(kinds[name], table[name][1])]
     if text_columns is not None:
-        same = [[name for name in table if name == asked] or
-                [name for name in table if plain(name) == plain(asked)] for asked in text_columns]
-        if wrong := [asked for asked, names in zip(text_columns, same) if len(names) != 1]:
-            raise ValueError(f'{path}: no column {wrong[0]}; found {some(table)}')
-        taken = [names[0] for names in same]
-    title = ([name for end in ('title', 'name') for name in table if plain(name) == end]
-             + [name for end in ('title', 'name') for name in table if plain(name).endswith(end)]
-             + taken)[:1]
+        taken = []
+        for asked in text_columns:
+            same = ([name for name in table if name == asked] or
+                    [name for name in table if plain(name) == plain(asked)])
+            if len(same) != 1:
+                raise ValueError(f'{path}: no column {asked}; found {some(table)}')
+            taken += same
+    title = [name for end in ('title', 'name', '.*title', '.*name') for name in table
+             if re.fullmatch(end, plain(name))] + taken
     numbers, rows = np.unique(codes, return_index=True)    # by first appearance; -1: no id
-    numbers, rows = numbers[numbers >= 0], rows[numbers >= 0]
-    lost = {f'unlike the header (line {some(dropped, 3)})': len(dropped), 'without an item_id':
-            (codes < 0).sum(), 'of an item_id that is above': (codes >= 0).sum() - len(rows)}
+    rows = rows[numbers >= 0]
+    lost |= {'without an item_id': (codes < 0).sum(),
+             'of an item_id that is above': (codes >= 0).sum() - len(rows)}
     if not both and any(lost.values()):
         note(f'{path}: {len(rows):,} items stay{counted(lost)}')
 
-    def joined(names):
-        cells = [[strings[code] for code in codes[rows]]
-                 for codes, strings in map(table.get, names)]
-        return [' '.join(' '.join(cell for cell in row if cell.strip() not in MISSING).split())
-                for row in zip(*cells)] if names else [''] * len(rows)
-    return [ids[n] for n in numbers], joined(taken), joined(title), taken
+    def joined(names, row):
+        cells = [strings[codes[row]] for codes, strings in map(table.get, names)]
+        return ' '.join(' '.join(cells).split())
+    return (ids, [joined(taken, row) for row in rows], [joined(title[:1], row) for row in rows],
+            taken)
 
 
 def own_files(folder, columns):
-    """The interaction file of a user's folder, and the item file, or None. The columns decide."""
+    """Paths of the interaction file of a user's folder, and of the item file, or None. The columns
+    decide."""
     headers, others = {}, []
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', name, re.IGNORECASE):
+    for path in sorted(Path(folder).iterdir()):
+        if re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.IGNORECASE):
             try:
-                headers[path] = [column for column, _ in next(read_rows(path, columns, []))]
-            except ValueError as error:                    # a .txt may be anything
-                if not name.lower().endswith('.txt'):
+                headers[path] = next(read_rows(path, columns, []))
+            except ValueError as error:
+                if path.suffix.lower() != '.txt':          # a .txt may be anything
                     raise
-                others.append(str(error).removeprefix(os.path.join(folder, '')))
-        elif not name.startswith('.'):
-            others.append(name)
+                others.append(path.name + str(error).removeprefix(str(path)))
+        elif not path.name.startswith('.'):
+            others.append(path.name)
     pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
-    wrong = [path for path, names in headers.items() if not {'user_id', 'item_id'} & {*names}
-             and not path.lower().endswith('.txt')]
-    idle = {*columns}.intersection(*headers.values()) | {
-        name for name in columns.values() if not any(name in names for names in headers.values())}
+    wrong = [path for path, names in headers.items()
+             if not {'user_id', 'item_id'} & {*names} and path.suffix.lower() != '.txt']
+    idle = ({*columns}.intersection(*headers.values())
+            | {*columns.values()}.difference(*headers.values()))
     if len(pairs) != 1 or len(items) > 1 or wrong or idle:
-        found = '; '.join(f'{os.path.basename(path)} (columns {some(names)})'
-                          for path, names in headers.items())
+        found = [f'{path.name} (columns {some(names)})' for path, names in headers.items()]
         raise ValueError(
             f'{folder}: expected one file with user_id and item_id, and one or none with item_id '
             'and no user_id, as .csv, .tsv, .txt, .inter or .item, plain or .gz; found '
-            f'{found or "none"}; not read: {some(others)}. ' +
+            f'{"; ".join(found) or "none"}; not read: {some(others)}. ' +
             ('Of several keep one or join them; the split is drawn here'
              if len(pairs) > 1 or len(items) > 1 else
              'Name columns as in --columns user_id=visitorid item_id=itemid; move others away'))
-    left = [os.path.basename(path) for path in headers if path not in pairs + items] + others
+    left = [path.name for path in headers if path not in pairs + items] + others
     if left:
         note(f'{folder}: not read: {some(left)}')
     both = pairs if 'title' in headers[pairs[0]] else []               # one table of both
@@ -441,10 +421,9 @@ def to_csr(users, items, times, shape):
     pairs, from 1, equal times in the order of the rows."""
     pair = users * np.int64(shape[1]) + items
     pair = pair if times is None else pair[np.argsort(times, kind='stable')]
-    order = np.argsort(pair, kind='stable')
-    newest = order[np.diff(pair[order], append=-1) != 0]
-    values = np.ones(len(newest), np.float32) if times is None else newest + 1.
-    return sp.csr_matrix((values, np.divmod(pair[newest], shape[1])), shape)
+    pairs, back = np.unique(pair[::-1], return_index=True)
+    values = np.ones(len(pairs), np.float32) if times is None else float(len(pair)) - back
+    return sp.csr_matrix((values, np.divmod(pairs, shape[1])), shape)
 
 
 def k_core(pairs, core):
@@ -476,16 +455,18 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
         raise ValueError(f'{dataset}: neither a folder nor one of {some(FOLDERS)}')
     inter, item = own_files(dataset, columns) if own else dataset_files(dataset, folder)
     if dataset in ZIPS and text_columns is None:
-        text_columns = AMAZON_TEXT
+        text_columns = ['title', 'brand', 'categories']    # [ours: what the authors' source holds]
     users, items, positive, times, user_ids, item_ids, lost = read_interactions(
         inter, min_rating, columns, timestamps)
-    if text_columns and not item:
+    if item:
+        ids, texts, titles, taken = read_items(item, text_columns, columns)
+    elif text_columns:
         raise ValueError(f'{dataset}: no file of items to take {some(text_columns)} from')
-    ids, texts, titles, taken = (read_items(item, text_columns, columns) if item else (
-        [name for name in item_ids if name not in MISSING], [''] * len(item_ids),
-        [''] * len(item_ids), []))
+    else:
+        ids, taken = item_ids, []
+        texts = titles = [''] * len(ids)
     place = {name: n for n, name in enumerate(ids)}
-    items = np.array([place.get(name, -1) for name in item_ids])[items]
+    items = np.array([place.get(name, -1) for name in item_ids], int)[items]
     there, shape = items >= 0, (len(user_ids), len(ids))
     if there.size and not there.any():
         raise ValueError(f'{inter}: none of its items is in {item}; the ids here are such as '
