@@ -7,10 +7,10 @@ The data of LLMInit (arXiv 2503.01814): keep ratings >= 4, drop interactions of 
 metadata, count a repeated pair once, then 5-core; leave one out per user, in random order.
 
 beauty, toys, tools and office are Amazon sets of 2014, zips of RecBole atomic files; ml-100k is
-MovieLens-100k, from the recbole wheel. They are looked for as <folder>/amazon-beauty/
-amazon-beauty.inter and .item and fetched only if missing. A folder of your own has one file with
-the columns user_id and item_id (rating, timestamp), and one with item_id and texts: CSV, TSV or
-atomic files, UTF-8, plain or gz, with a header, which decides the delimiter (tab , ; or |).
+MovieLens-100k, from the recbole wheel. <folder>/amazon-beauty/amazon-beauty.inter and .item are
+fetched only if missing. A folder of your own has one file with the columns user_id and item_id
+(rating, timestamp), and one with item_id and texts: CSV, TSV or atomic files, UTF-8, plain or gz,
+with a header, which decides the delimiter (tab , ; or |).
 
     user_id, userId and 'User ID' are one name; `columns` names others. Ids are strings
     missing is what pandas.read_csv takes as missing, and \\N; a missing timestamp is the oldest
@@ -25,9 +25,8 @@ atomic files, UTF-8, plain or gz, with a header, which decides the delimiter (ta
     users are numbered by first appearance, items by the item file; of repeated items the first
     counts. Without an item file the texts are empty; a single file with a title is both
 What is dropped is counted on stderr. Not here: ratings as weights, cleaning of HTML.
-
-U users, I items, E interactions. Needs numpy, scipy and requests. MIT licence, from LLMInit's
-reference implementation.
+U users, I items, E rows. Needs numpy, scipy and requests. MIT licence, from LLMInit's reference
+implementation.
 """
 import csv
 import gzip
@@ -52,16 +51,15 @@ from requests.adapters import HTTPAdapter, Retry
 URL = 'https://recbole.s3-accelerate.amazonaws.com/ProcessedDatasets/Amazon_ratings/'
 ZIPS = {'beauty': 'Amazon_Beauty.zip', 'toys': 'Amazon_Toys_and_Games.zip',     # [authors' code]
         'tools': 'Amazon_Tools_and_Home_Improvement.zip', 'office': 'Amazon_Office_Products.zip'}
+WHEEL = 'recbole==1.2.1'               # has ml-100k [ours: real data for who reaches only PyPI]
+WHEEL_SHA256 = '9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407'
 FOLDERS = {'beauty': 'amazon-beauty', 'toys': 'amazon-toys-games',    # [ours: RecBole's names]
            'tools': 'amazon-tools-home-improvement', 'office': 'amazon-office-products',
            'ml-100k': 'ml-100k'}
-ML_100K = 'recbole==1.2.1'             # [ours: real data for who reaches nothing but PyPI]
-ML_100K_SHA256 = '9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407'
 SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
          'tools': (9245, 6198, 73250), 'office': (3260, 1583, 36544),  # [paper], less the padding
          'ml-100k': (938, 1008, 54413)}                                # row; [ours: measured]
 MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
-CHUNK = 256                            # rows at a time [ours: measured; more leave the CPU cache]
 NAMES = {name.replace('_', ''): name for name in     # by plain(): what columns are called here
          ('user_id', 'item_id', 'rating', 'label', 'timestamp', 'title')}
 MISSING = {'', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND',
@@ -73,21 +71,16 @@ def note(text, kind='note'):
     print(f'{kind}: {text}', file=sys.stderr)
 
 
-def printable(text):
-    """Text on one line, whatever is in it."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
 def some(names, most=8):
-    """'a, b, c and 4 more', for messages."""
-    names = [printable(str(name))[:100] for name in names]
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return (', '.join(names[:most]) or 'nothing') + more
+    """'a, b, c and 4 more', for messages: on one line, whatever the names are."""
+    shown = [(name if name.isprintable() else ascii(name)[1:-1])[:100] for name in map(str, names)]
+    more = f' and {len(shown) - most} more' if len(shown) > most else ''
+    return (', '.join(shown[:most]) if shown else 'nothing') + more
 
 
-def counted(lost):
+def counted(lost, mark=','):
     """', 3 repeated, 2 without an id' of {why: how many}."""
-    return ''.join(f', {n:,} {why}' for why, n in lost.items() if n)
+    return ''.join(f'{mark} {n:,} {why}' for why, n in lost.items() if n)
 
 
 class Patience(Retry):
@@ -99,16 +92,13 @@ class Patience(Retry):
 
 def download(url, path, sha256=None, size=None):
     """Fetch url to path: streamed to a temporary name, checked, renamed. OSError and no file else.
-
-    A body that breaks off is continued with Range, four times at most.
-    """
+    A body that breaks off is continued with Range, four times at most."""
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
-    again = HTTPAdapter(max_retries=Patience(4, backoff_factor=.5,
-                                             status_forcelist=(408, 429, 500, 502, 503, 504)))
+    again = Patience(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
-            session.mount('http://', again)
-            session.mount('https://', again)
+            for scheme in ('http://', 'https://'):
+                session.mount(scheme, HTTPAdapter(max_retries=again))
             for left in (4, 3, 2, 1, 0):
                 at = file.tell()
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
@@ -137,36 +127,35 @@ def download(url, path, sha256=None, size=None):
 
 
 def fetch(dataset, scratch):
-    """Path of a dataset's zip, or of the wheel that has it, downloaded into a scratch folder."""
+    """Download the zip of a dataset, or the wheel that has it, into a scratch folder: its path."""
     if dataset in ZIPS:
         archive = Path(scratch, ZIPS[dataset])
         download(URL + ZIPS[dataset], archive)
         return archive
     ran = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest',
-                          scratch, '--disable-pip-version-check', '--only-binary=:all:', ML_100K],
+                          scratch, '--disable-pip-version-check', '--only-binary=:all:', WHEEL],
                          capture_output=True, text=True, errors='replace')
     if ran.returncode:
-        raise OSError(f'pip download {ML_100K}: {ran.stderr.strip().rpartition(chr(10))[2]}')
+        raise OSError(f'pip download {WHEEL}: {ran.stderr.strip().rpartition(chr(10))[2]}')
     archive = next(Path(scratch).iterdir())
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != ML_100K_SHA256:
-        raise ValueError(f'{archive.name}: SHA-256 is {found}, expected {ML_100K_SHA256}')
+    if found != WHEEL_SHA256:
+        raise OSError(f'{archive.name}: SHA-256 is {found}, expected {WHEEL_SHA256}')
     return archive
 
 
-def unpack(archive, suffix, path):
-    """Copy the one member of a zip whose name ends in suffix to path, wherever the member would
-    go. ValueError if there is none, if it is too large or damaged (zipfile checks its CRC)."""
+def unpack(archive, path):
+    """Copy the one member of a zip that has path's suffix to path, wherever it would go itself."""
     try:
         with zipfile.ZipFile(archive) as box:
             found = [(m.filename, m.file_size, m.compress_type) for m in box.infolist()
-                     if m.filename.endswith(suffix) and '/._' not in m.filename]     # macOS's own
+                     if m.filename.endswith(path.suffix) and '/._' not in m.filename]   # macOS's
             # zipfile unpacks only methods 0 and 8 in bounded pieces
             if len(found) != 1 or found[0][1] > MAX_UNPACKED or found[0][2] not in (0, 8):
-                raise ValueError(f'expected one *{suffix} of at most {MAX_UNPACKED:,} bytes, found '
-                                 f'{found}')
+                raise ValueError(f'expected one *{path.suffix} of at most {MAX_UNPACKED:,} bytes, '
+                                 f'found {found}')
             with box.open(found[0][0]) as source, open(path, 'wb') as file:
-                shutil.copyfileobj(source, file)
+                shutil.copyfileobj(source, file)                    # zipfile checks the CRC
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f'{archive.name} is not a zip as expected: {error}') from None
 
@@ -174,22 +163,22 @@ def unpack(archive, suffix, path):
 def dataset_files(dataset, folder):
     """Paths of a dataset's .inter and .item file, fetched if missing; what is there stays."""
     name = FOLDERS[dataset]
-    paths = [Path(folder, name, name + suffix) for suffix in ('.inter', '.item')]
+    home = Path(folder, name)
+    paths = [home / f'{name}.inter', home / f'{name}.item']
     missing = [path for path in paths if not path.is_file()]
     try:
         if missing:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as scratch:
                 archive = fetch(dataset, scratch)
-                for path in paths:
-                    unpack(archive, path.suffix, Path(scratch, path.name))
-                os.makedirs(paths[0].parent, exist_ok=True)
+                for path in missing:
+                    unpack(archive, Path(scratch, path.name))
+                home.mkdir(exist_ok=True)
                 for path in missing:
                     Path(scratch, path.name).replace(path)
-    except (ValueError, OSError) as error:
-        raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in '
-                      f'{paths[0].parent} by hand (experiments/amazon2014.py makes them from the '
-                      'raw files)') from None
+    except (OSError, ValueError) as error:
+        raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand '
+                      '(experiments/amazon2014.py makes them from the raw files)') from None
     return paths
 
 
@@ -199,25 +188,21 @@ def plain(name):
 
 
 def header(cells, columns):
-    """{name: type} of the columns; the type may be ''. `columns`, then NAMES, rename a column
-    unless the new name is there. ValueError if two are called the same."""
-    parts = '(.*?)(?::(token|token_seq|float|float_seq))?'
-    found = [re.fullmatch(parts, cell.strip(), re.DOTALL).groups('') for cell in cells]
-    names, kinds = [name for name, _ in found], [kind for _, kind in found]
+    """{name: type or ''}; `columns`, then NAMES, rename a column unless the new name is there."""
+    found = [re.fullmatch('(.*?)(?::(token|token_seq|float|float_seq))?', cell.strip(), re.DOTALL)
+             for cell in cells]
+    names = [match[1] for match in found]
     for renamed in (columns.get, lambda name: NAMES.get(plain(name))):
         there = {*names}
         names = [name if renamed(name) in there else renamed(name) or name for name in names]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f'several columns are {twice[0]}: {some(cells)}')
-    return dict(zip(names, kinds))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f'several columns are {some(twice[:1])}: {some(cells)}')
+    return {name: match[2] or '' for name, match in zip(names, found)}
 
 
 def read_rows(path, columns, dropped):
-    """Yield the header() of a file, then the rows with as many cells that do not repeat it; append
-    the numbers of the other lines to dropped. ValueError if the file is damaged or not UTF-8, or
-    if a quote never ends."""
-    first = ''
+    """Yield the header() of a file, then its rows, all as wide; add the numbers of other lines to
+    dropped. ValueError if the file is damaged or not UTF-8, or if a quote never ends."""
     try:
         with open(path, 'rb') as file:
             opener = gzip.open if file.read(2) == b'\x1f\x8b' else open
@@ -226,11 +211,11 @@ def read_rows(path, columns, dropped):
             if first.startswith(('#', 'sep=')):
                 raise ValueError(f'the first line must be the header: delete {first!r}')
             atomic = re.search(':(token|float)', first)    # a quote is a letter there
-            csv.field_size_limit(1 << 24)                  # letters; the default 2^17 are too few
+            csv.field_size_limit(1 << 24)                  # letters [ours: the default is too low]
             reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
                                 delimiter=max('\t,;|', key=first.count), strict=True,
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
-            cells = next(reader, [])
+            cells = next(reader)
             yield header(cells, columns)
             while True:
                 line = reader.line_num
@@ -240,8 +225,7 @@ def read_rows(path, columns, dropped):
                     if reader.line_num > line + 1:         # lines would be lost with it
                         raise ValueError(f'the quote in line {line + 1} does not end before line '
                                          f'{reader.line_num} ({error}); inside quotes double it')
-                    dropped.append(reader.line_num)
-                    continue
+                    row = cells                            # to be dropped like a second header
                 if row is None:
                     return
                 if len(row) == len(cells) and row != cells:
@@ -251,39 +235,35 @@ def read_rows(path, columns, dropped):
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
-    except (ValueError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        where = f' in the file that begins {first[:60]!r}' if isinstance(error, csv.Error) else ''
-        raise ValueError(f'{path}: {printable(str(error))}{where}') from None
+    except csv.Error as error:
+        raise ValueError(f'{path}: {error} in the file that begins {first[:60]!r}') from None
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def read_table(path, columns, needed, more=None):
-    """{name: (codes (E,), distinct strings by first appearance)} of the needed columns and those of
-    `more` that are there, None for all; {name: type} of all; and {why: how many} rows are dropped.
-    Strings have no blanks around them; a missing one is ''.
-
-    No Python code runs for a cell: a defaultdict whose default is its own length numbers new
-    strings in C.
-    """
+    """{name: (codes (E,), strings)} of the needed columns and those of `more` that are there, None
+    for all; {name: type} of all; {why: rows dropped}. Strings are numbered by first appearance, in
+    C and not by Python code for each cell; they have no blanks around them, a missing one is ''."""
     dropped = []
     rows = read_rows(path, columns, dropped)
     kinds = next(rows)
     if not {*needed} <= {*kinds}:
         raise ValueError(f'{path}: expected the columns {some(needed)}, found {some(kinds)}')
     picked = {name: n for n, name in enumerate(kinds) if more is None or name in (*needed, *more)}
-    tables, codes = [defaultdict() for _ in picked], [[] for _ in picked]
-    for table in tables:
-        table.default_factory = table.__len__
-    while chunk := list(itertools.islice(rows, CHUNK)):
+    tables = [defaultdict(itertools.count().__next__) for _ in picked]
+    codes = [[] for _ in picked]
+    while chunk := list(itertools.islice(rows, 256)):      # [ours: more leave the CPU cache]
         cells = list(zip(*chunk))
         for n, table, out in zip(picked.values(), tables, codes):
             out.append(np.fromiter(map(table.__getitem__, cells[n]), np.int32, len(chunk)))
     if not tables[0]:
         raise ValueError(f'{path}: no rows with the {len(kinds)} cells of the header, but '
                          f"{len(dropped)} others: R's row names, or a sign at each line's end?")
-    strings = [['' if text in MISSING else text for text in map(str.strip, table)]
-               for table in tables]
-    return ({name: (np.concatenate(out), texts) for name, out, texts in zip(picked, codes, strings)},
-            kinds, {f'unlike the header (line {some(dropped, 3)})': len(dropped)})
+    found = {name: (np.concatenate(out), ['' if text in MISSING else text
+                                          for text in map(str.strip, table)])
+             for name, table, out in zip(picked, tables, codes)}
+    return found, kinds, {f'unlike the header (line {some(dropped, 3)})': len(dropped)}
 
 
 def clean_ids(codes, ids, path):
@@ -310,23 +290,23 @@ def to_number(text):
 
 
 def read_interactions(path, min_rating, columns, timestamps):
-    """Of the rows with ids: user and item codes (E,), positive or not (E,), times (E,) or None; the
-    users' and the items' ids; and {why: how many} of the rows that are no interactions."""
-    needed = 'user_id', 'item_id', *('timestamp',) * timestamps
+    """Of the rows that are interactions, by time if with timestamps: user and item codes (E,) and
+    positive or not (E,); the users' and the items' ids; {why: how many} of the other rows."""
+    needed = ['user_id', 'item_id'] + ['timestamp'] * timestamps
     table, _, lost = read_table(path, columns, needed, ('rating', 'label'))
     users, user_ids = clean_ids(*table['user_id'], path)
     items, item_ids = clean_ids(*table['item_id'], path)
-    good = (users >= 0) & (items >= 0)
-    lost['without an id'] = (~good).sum()
-    positive, times = np.ones(len(users), bool), None
+    rows = (users >= 0) & (items >= 0)
+    lost['without an id'] = (~rows).sum()
+    positive = np.ones(len(users), bool)
     if rated := table.get('rating') or table.get('label'):
         codes, texts = rated
         ratings = np.array([to_number(text) for text in texts])[codes]
-        lost['with a rating that is no number'] = (good & (ratings == -np.inf)).sum()
-        good &= ratings != -np.inf
-        label = set(ratings[good & ~np.isnan(ratings)]) <= {0., 1.}
+        lost['with a rating that is no number'] = (rows & (ratings == -np.inf)).sum()
+        rows &= ratings != -np.inf
+        label = set(ratings[rows & ~np.isnan(ratings)]) <= {0., 1.}
         positive = ~(ratings < (1 if label else min_rating))     # NaN, a missing one, is positive
-        lost['labelled 0' if label else f'rated below {min_rating:g}'] = (good & ~positive).sum()
+        lost['labelled 0' if label else f'rated below {min_rating:g}'] = (rows & ~positive).sum()
     if timestamps:
         codes, texts = table['timestamp']
         times = np.array([to_number(text) for text in texts])
@@ -336,13 +316,14 @@ def read_interactions(path, min_rating, columns, timestamps):
             except ValueError as error:
                 raise ValueError(f'{path}: timestamps are numbers or ISO dates: {error}') from None
             times = dates.astype(float)
-        times = np.nan_to_num(times, nan=-np.inf)[codes][good]           # a missing one is oldest
-    return users[good], items[good], positive[good], times, user_ids, item_ids, lost
+        times = np.nan_to_num(times, nan=-np.inf)[codes][rows]           # a missing one is oldest
+        rows = np.flatnonzero(rows)[np.argsort(times, kind='stable')]
+    return users[rows], items[rows], positive[rows], user_ids, item_ids, lost
 
 
 def is_text(kind, strings):
-    """Whether a column is text, by its type, or if at least half of its cells are, which are not
-    missing: no numbers, nor addresses, words with :// in them."""
+    """Whether a column is text: its type is, or half of its cells are neither numbers nor missing;
+    and half of them are no addresses, words with :// in them."""
     cells = [text for text in strings if text]
     texts = [text for text in cells if (kind or to_number(text) == -np.inf)
              and not all('://' in word for word in text.split())]
@@ -381,8 +362,7 @@ def read_items(path, text_columns, columns):
 
 
 def own_files(folder, columns):
-    """Paths of the interaction file of a user's folder, and of the item file, or None. The columns
-    decide."""
+    """A user's interaction file and item file, or None, found in a folder by their columns."""
     headers, others = {}, []
     for path in sorted(Path(folder).iterdir()):
         if re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.IGNORECASE):
@@ -398,37 +378,34 @@ def own_files(folder, columns):
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
     wrong = [path for path, names in headers.items()
              if not {'user_id', 'item_id'} & {*names} and path.suffix.lower() != '.txt']
-    idle = ({*columns}.intersection(*headers.values())
-            | {*columns.values()}.difference(*headers.values()))
+    idle = {*columns}.intersection(*headers.values())          # `columns` that rename nothing
+    idle |= {*columns.values()}.difference(*headers.values())
     if len(pairs) != 1 or len(items) > 1 or wrong or idle:
         found = [f'{path.name} (columns {some(names)})' for path, names in headers.items()]
         raise ValueError(
             f'{folder}: expected one file with user_id and item_id, and one or none with item_id '
             'and no user_id, as .csv, .tsv, .txt, .inter or .item, plain or .gz; found '
-            f'{"; ".join(found) or "none"}; not read: {some(others)}. ' +
-            ('Of several keep one or join them; the split is drawn here'
-             if len(pairs) > 1 or len(items) > 1 else
-             'Name columns as in --columns user_id=visitorid item_id=itemid; move others away'))
-    left = [path.name for path in headers if path not in pairs + items] + others
-    if left:
-        note(f'{folder}: not read: {some(left)}')
+            f'{"; ".join(found) or "none"}; not read: {some(others)}. Of several keep one or join '
+            'them; the split is drawn here. Name columns as in --columns user_id=visitorid '
+            'item_id=itemid; move others away')
+    others += [path.name for path in headers if path not in pairs + items]
+    if others:
+        note(f'{folder}: not read: {some(sorted(others))}')
     both = pairs if 'title' in headers[pairs[0]] else []               # one table of both
     return pairs[0], (items + both + [None])[0]
 
 
-def to_csr(users, items, times, shape):
-    """csr of the distinct pairs (E,): ones; or with times (E,) their order, the newest of equal
-    pairs, from 1, equal times in the order of the rows."""
+def to_csr(users, items, shape, ordered=False):
+    """csr of the distinct pairs (E,): ones; or, if ordered, the number of a pair's last row."""
     pair = users * np.int64(shape[1]) + items
-    pair = pair if times is None else pair[np.argsort(times, kind='stable')]
     pairs, back = np.unique(pair[::-1], return_index=True)
-    values = np.ones(len(pairs), np.float32) if times is None else float(len(pair)) - back
+    values = float(len(pair)) - back if ordered else np.ones(len(pairs), np.float32)
     return sp.csr_matrix((values, np.divmod(pairs, shape[1])), shape)
 
 
 def k_core(pairs, core):
-    """Rows and columns of csr (U, I) that are left if users and items with fewer than `core`
-    entries, and those without any, go, again and again until nothing goes."""
+    """Rows and columns of csr (U, I) that stay if users and items with fewer than `core` entries,
+    or with none, go again and again until nothing goes."""
     users, items = map(np.arange, pairs.shape)
     while True:
         u, i = (pairs.getnnz(axis=axis) >= max(core, 1) for axis in (1, 0))
@@ -439,7 +416,7 @@ def k_core(pairs, core):
 
 def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_columns=None,
          timestamps=False):
-    """A dataset, downloaded if missing, filtered.
+    """Read a dataset, downloaded if missing, and filter it. ValueError or OSError in one line.
 
     dataset: beauty, toys, tools, office, ml-100k (in or into folder), or a folder of your own.
     min_rating: lower ratings are no positives [paper: 4]. core: users and items with fewer
@@ -448,16 +425,16 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     title, brand and categories of the Amazon sets, else as above.
     Returns interactions (csr U x I, float32 ones; with timestamps their order in time, from 1),
     texts [I], titles [I], ids of users [U] and items [I], and low (csr U x I): what these users
-    rated lower, which nobody should be recommended. ValueError or OSError, one line each.
+    rated lower, which nobody should be recommended.
     """
     own, columns = dataset not in FOLDERS, columns or {}
     if own and not os.path.isdir(dataset):
         raise ValueError(f'{dataset}: neither a folder nor one of {some(FOLDERS)}')
     inter, item = own_files(dataset, columns) if own else dataset_files(dataset, folder)
+    users, items, positive, user_ids, item_ids, lost = read_interactions(
+        inter, min_rating, columns, timestamps)
     if dataset in ZIPS and text_columns is None:
         text_columns = ['title', 'brand', 'categories']    # [ours: what the authors' source holds]
-    users, items, positive, times, user_ids, item_ids, lost = read_interactions(
-        inter, min_rating, columns, timestamps)
     if item:
         ids, texts, titles, taken = read_items(item, text_columns, columns)
     elif text_columns:
@@ -472,10 +449,11 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
         raise ValueError(f'{inter}: none of its items is in {item}; the ids here are such as '
                          f'{some(item_ids, 3)}, there {some(ids, 3)}')
     known, low = there & positive, there & ~positive
-    pairs = to_csr(users[known], items[known], times if times is None else times[known], shape)
+    pairs = to_csr(users[known], items[known], shape, ordered=timestamps)
     rows, kept = k_core(pairs, core)
     interactions = pairs[rows][:, kept]                                  # U x I
-    lower = to_csr(users[low], items[low], None, shape)[rows][:, kept]   # U x I
+    lower = to_csr(users[low], items[low], shape)[rows][:, kept]         # U x I
+    texts, titles, ids = ([column[n] for n in kept] for column in (texts, titles, ids))
     lost |= {'of items that the item file lacks': (positive & ~there).sum(),
              'repeated': known.sum() - pairs.nnz,
              f'outside the {core}-core': pairs.nnz - interactions.nnz}
@@ -483,43 +461,38 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     told = f'{n_rows:,} rows: {interactions.nnz:,} interactions stay{counted(lost)}'
     if not interactions.nnz:
         raise ValueError(f'{inter}: {told}; lower min_rating or core, or mend the file')
-    texts = [texts[n] for n in kept]
     if own:
-        blank, gone = texts.count(''), len(ids) - len(kept)
         note(f'{dataset}: {told}')
-        note(f'{dataset}: texts from {some(taken)}' + f'; {blank} items without text' * (blank > 0)
-             + f'; {gone} of {len(ids)} items have no interactions left: not ranked, not '
-             'recommended' * (gone > 0))
+        note(f'{dataset}: texts from {some(taken)}' + counted({
+            'items without text': texts.count(''), f'of {shape[1]:,} items have no interactions '
+            'left: not ranked, not recommended': shape[1] - len(ids)}, ';'))
     found = *interactions.shape, interactions.nnz
-    if not own and (min_rating, core) == (4, 5) and found != SIZES[dataset]:
+    if (min_rating, core) == (4, 5) and found != SIZES.get(dataset, found):
         note(f'{dataset}: {found} users, items and interactions after filtering; expected '
              f'{SIZES[dataset]}', 'warning')
-    return (interactions, texts, [titles[n] for n in kept], [user_ids[n] for n in rows],
-            [ids[n] for n in kept], lower)
+    return interactions, texts, titles, [user_ids[n] for n in rows], ids, lower
 
 
 def split(interactions, rng, last=False):
-    """Leave-one-out: train, valid, test, each csr U x I of ones.
+    """Leave-one-out: train, valid, test, each csr U x I of ones. ValueError if no user has two.
 
-    Of a user's interactions one drawn at random tests and another validates [paper]; with `last`
-    the newest tests and the one before validates, by the values that load() gives with timestamps.
-    A user with two has no validation item, a user with one only trains. rng: numpy Generator.
-    ValueError if no user has two.
+    Of a user's interactions one drawn with rng tests and another validates [paper]; with `last` the
+    newest tests and the one before validates, by the values that load() gives with timestamps. A
+    user with two has no validation item, a user with one only trains.
     """
     start, count = interactions.indptr[:-1], np.diff(interactions.indptr)       # (U,)
-    users, order = np.repeat(np.arange(len(count)), count), np.arange(interactions.nnz)
     if not (count >= 2).any():
         raise ValueError('no user has two interactions, so there is nothing to test with')
+    order = np.arange(interactions.nnz)
     if last:
-        order = np.lexsort((interactions.data, users))
+        order = np.lexsort((interactions.data, np.repeat(np.arange(len(count)), count)))
         test, valid = count - 1, count - 2
     else:
         test = rng.integers(0, np.maximum(count, 1))
         valid = rng.integers(0, np.maximum(count - 1, 1))
         valid += valid >= test                    # uniform over the others
-    part = np.zeros(interactions.nnz, np.int8)    # 0 train, 1 valid, 2 test
-    part[order[(start + test)[count >= 2]]] = 2
-    part[order[(start + valid)[count >= 3]]] = 1
-    ones = np.ones(interactions.nnz, np.float32)
-    return [sp.csr_matrix((ones[part == p], (users[part == p], interactions.indices[part == p])),
-                          interactions.shape) for p in range(3)]
+    part = interactions.copy()
+    part.data[:] = 1                              # train
+    part.data[order[(start + valid)[count >= 3]]] = 2
+    part.data[order[(start + test)[count >= 2]]] = 3
+    return [(part == number).astype(np.float32) for number in (1, 2, 3)]

@@ -95,16 +95,13 @@ class Patience(Retry):
 
 def download(url, path, sha256=None, size=None):
     """Fetch url to path: streamed to a temporary name, checked, renamed. OSError and no file else.
-
-    A body that breaks off is continued with Range, four times at most.
-    """
+    A body that breaks off is continued with Range, four times at most."""
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
-    again = HTTPAdapter(max_retries=Patience(4, backoff_factor=.5,
-                                             status_forcelist=(408, 429, 500, 502, 503, 504)))
+    again = Patience(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
-            session.mount('http://', again)
-            session.mount('https://', again)
+            for scheme in ('http://', 'https://'):
+                session.mount(scheme, HTTPAdapter(max_retries=again))
             for left in (4, 3, 2, 1, 0):
                 at = file.tell()
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
