@@ -223,8 +223,9 @@ def read_rows(path, columns, dropped):
                     row = next(reader, None)
                 except csv.Error as error:
                     if reader.line_num > line + 1:         # lines would be lost with it
-                        raise ValueError(f'the quote in line {line + 1} does not end before line '
-                                         f'{reader.line_num} ({error}); inside quotes double it')
+                        raise ValueError(
+                            f'the quote in line {line + 1} does not end before line '
+                            f'{reader.line_num} ({some([error])}); inside quotes double it')
                     row = cells                            # to be dropped like a second header
                 if row is None:
                     return
@@ -236,7 +237,8 @@ def read_rows(path, columns, dropped):
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
     except csv.Error as error:
-        raise ValueError(f'{path}: {error} in the file that begins {first[:60]!r}') from None
+        raise ValueError(f'{path}: {some([error])} in the file that begins {first[:60]!r}'
+                         ) from None
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: {error}') from None
 
@@ -250,20 +252,21 @@ def read_table(path, columns, needed, more=None):
     kinds = next(rows)
     if not {*needed} <= {*kinds}:
         raise ValueError(f'{path}: expected the columns {some(needed)}, found {some(kinds)}')
-    picked = {name: n for n, name in enumerate(kinds) if more is None or name in (*needed, *more)}
-    tables = [defaultdict(itertools.count().__next__) for _ in picked]
-    codes = [[] for _ in picked]
+    names = [name for name in kinds if more is None or name in (*needed, *more)]
+    tables = {name: defaultdict(itertools.count().__next__) for name in names}
+    codes = {name: [] for name in names}
     while chunk := list(itertools.islice(rows, 256)):      # [ours: more leave the CPU cache]
-        cells = list(zip(*chunk))
-        for n, table, out in zip(picked.values(), tables, codes):
-            out.append(np.fromiter(map(table.__getitem__, cells[n]), np.int32, len(chunk)))
-    if not tables[0]:
+        cells = dict(zip(kinds, zip(*chunk)))
+        for name, table in tables.items():
+            numbers = map(table.__getitem__, cells[name])
+            codes[name].append(np.fromiter(numbers, np.int32, len(chunk)))
+    if not codes['item_id']:
         raise ValueError(f'{path}: no rows with the {len(kinds)} cells of the header, but '
                          f"{len(dropped)} others: R's row names, or a sign at each line's end?")
-    found = {name: (np.concatenate(out), ['' if text in MISSING else text
-                                          for text in map(str.strip, table)])
-             for name, table, out in zip(picked, tables, codes)}
-    return found, kinds, {f'unlike the header (line {some(dropped, 3)})': len(dropped)}
+    strings = {name: ['' if text in MISSING else text for text in map(str.strip, table)]
+               for name, table in tables.items()}
+    return ({name: (np.concatenate(codes[name]), strings[name]) for name in names}, kinds,
+            {f'unlike the header (line {some(dropped, 3)})': len(dropped)})
 
 
 def clean_ids(codes, ids, path):
