@@ -157,9 +157,6 @@ def finished(*command, cwd=HERE):
     return done.returncode, done.stdout, done.stderr
 
 
-started = finished               # experiments/test_experiments.py imports this name
-
-
 def fails(match, call, *args, **named):
     """call(*args, **named) fails with this message, in one line -> the message."""
     with pytest.raises((ValueError, OSError), match=match) as caught:

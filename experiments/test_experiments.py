@@ -29,7 +29,7 @@ import models  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
-from test_llminit import (KEY, endpoint, main_on, random_graph, server, started,  # noqa: E402, F401
+from test_llminit import (KEY, endpoint, main_on, random_graph, server,  # noqa: E402, F401
                           write_planted)
 
 GRID = ['--encoder', 'tfidf', '--dim', '8,16', '--epochs', '2', '--model', 'bpr,morec',
