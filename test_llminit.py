@@ -969,8 +969,8 @@ CASES = [
     ('a quote that never ends', '@ / a,1 / "b,1 / c,1 / d,2', I,
      'error: the quote in line 3 does not end'),
     ('a scale with -1', '@,rating / a,1,-1 / a,2,9', I, 'a2 | cup | 1 rated below 4'),
-    ('a rating that is none', 'user_id;item_id;rating / a;1;4,5 / a;2;good', I,
-     r'a1 | tea | 1 with a rating that is no number\snote'),     # and not rated below as well
+    ('a rating that is none', 'user_id;item_id;rating / a;1;4,5 / a;2;good / b;1;3,9', I,
+     r'a1 | tea | 1 with a rating that is no number, 1 rated below 4\snote'),
     ('ids are strings', '@ / 007,1 / 7,1 / 7,01', 'item_id,title / 1,a / 01,b',
      '0071 701 71 | a, b |'),
     ('blanks around ids', '@ / a , 1 /  a,2', 'item_id,title /  1 ,tea / 2,cup',
@@ -1460,7 +1460,7 @@ class TestMPNet:
         alone = embed.run_mpnet(TEXTS[::-1], tiny, 'cpu', 'float32')
         assert np.abs(whole - alone[::-1]).max() < 1e-6
         assert embed.batches([5, 9, 2, 7, 2], 10) == [[1], [3], [0, 2, 4]]
-        assert embed.batches([50], 10) == [[0]]
+        assert embed.batches([50], 10) == [[0]] and embed.batches([5, 5], 10) == [[0, 1]]
 
     def test_the_first_layers_are_float32_whatever_the_others_are(self, tmp_path):
         tiny_mpnet(tmp_path / 'tiny', layers=6)
