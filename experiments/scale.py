@@ -185,11 +185,14 @@ def limits(args):
     whole = median_ms(lambda: step(part))
     adam = torch.optim.Adam([model.table], fused=True)
     model.table.grad = torch.ones_like(model.table)
+    nodes = torch.cat([part[0], *(part[1:] + model.n_users)]).numpy()
+    gathers = 4 * args.dim * sum(block.nnz for _, block in
+                                 models.receptive_field(model.graphs, nodes))
     # Adam reads four tables and writes three; before it the gradient is cleared and filled
-    table = 4 * model.table.numel()
-    for name, ms, n in (('step', whole, 9), ('its Adam', median_ms(adam.step), 7)):
-        print(f'{name}: {ms:.2f} ms; {n} x {table / 2 ** 20:.1f} MiB take {n * table / per_ms:.2f} '
-              f'ms at the speed of a copy, {per_ms / 1e6:.1f} GB/s')
+    table, adam_ms = 4 * model.table.numel(), median_ms(adam.step)
+    for name, ms, n in (('step', whole, 9 * table + 2 * gathers), ('its Adam', adam_ms, 7 * table)):
+        print(f'{name}: {ms:.2f} ms; its {n / 2 ** 20:.0f} MiB take {n / per_ms:.2f} ms at the '
+              f'speed of a copy, {per_ms / 1e6:.1f} GB/s')
     folder = Path('~/.cache/llminit/all-mpnet-base-v2').expanduser()
     texts, dtype = loaded[1][:200], embed.fast_dtype('cpu')
     with torch.profiler.profile() as profile:
