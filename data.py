@@ -28,6 +28,7 @@ What is dropped is counted on stderr. Not here: ratings as weights, cleaning of 
 U users, I items, E rows. Needs numpy, scipy and requests. MIT licence, from LLMInit's reference
 implementation.
 """
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -104,7 +105,7 @@ def download(url, path, sha256=None, size=None):
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
                 answer = session.get(url, stream=True, timeout=(10, 60), headers=headers)
                 answer.raise_for_status()
-                if answer.status_code != 206:
+                if not answer.headers.get('Content-Range', '').startswith(f'bytes {at}-'):
                     file.truncate(file.seek(0))            # the server sends all of it again
                 try:
                     for block in answer.iter_content(1 << 16):
@@ -123,7 +124,8 @@ def download(url, path, sha256=None, size=None):
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def fetch(dataset, scratch):
@@ -145,11 +147,13 @@ def fetch(dataset, scratch):
 
 
 def unpack(archive, path):
-    """Copy the one member of a zip that has path's suffix to path, wherever it would go itself."""
+    """Copy the one member of a zip that has path's suffix to path. Its own path is not used, so
+    nothing is written elsewhere."""
     try:
         with zipfile.ZipFile(archive) as box:
             found = [(m.filename, m.file_size, m.compress_type) for m in box.infolist()
-                     if m.filename.endswith(path.suffix) and '/._' not in m.filename]   # macOS's
+                     if m.filename.endswith(path.suffix)
+                     and not os.path.basename(m.filename).startswith('.')]           # macOS's
             # zipfile unpacks only methods 0 and 8 in bounded pieces
             if len(found) != 1 or found[0][1] > MAX_UNPACKED or found[0][2] not in (0, 8):
                 raise ValueError(f'expected one *{path.suffix} of at most {MAX_UNPACKED:,} bytes, '
@@ -175,7 +179,8 @@ def dataset_files(dataset, folder):
                     unpack(archive, Path(scratch, path.name))
                 home.mkdir(exist_ok=True)
                 for path in missing:
-                    Path(scratch, path.name).replace(path)
+                    if not path.is_file():
+                        Path(scratch, path.name).replace(path)
     except (OSError, ValueError) as error:
         raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand '
                       '(experiments/amazon2014.py makes them from the raw files)') from None
@@ -209,7 +214,7 @@ def read_rows(path, columns, dropped):
         with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
             first = next(filter(str.strip, file), '')
             if first.startswith(('#', 'sep=')):
-                raise ValueError(f'the first line must be the header: delete {first!r}')
+                raise ValueError(f'the first line must be the header: delete {first[:60]!r}')
             atomic = re.search(':(token|float)', first)    # a quote is a letter there
             csv.field_size_limit(1 << 24)                  # letters [ours: the default is too low]
             reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
@@ -217,22 +222,23 @@ def read_rows(path, columns, dropped):
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
             cells = next(reader)
             yield header(cells, columns)
+            line = reader.line_num
             while True:
-                line = reader.line_num
                 try:
-                    row = next(reader, None)
+                    for row in reader:
+                        if len(row) == len(cells) and row != cells:
+                            yield row
+                        elif row:
+                            dropped.append(reader.line_num)
+                        line = reader.line_num
+                    return
                 except csv.Error as error:
                     if reader.line_num > line + 1:         # lines would be lost with it
                         raise ValueError(
                             f'the quote in line {line + 1} does not end before line '
                             f'{reader.line_num} ({some([error])}); inside quotes double it')
-                    row = cells                            # to be dropped like a second header
-                if row is None:
-                    return
-                if len(row) == len(cells) and row != cells:
-                    yield row
-                elif row:
-                    dropped.append(reader.line_num)
+                    line = reader.line_num
+                    dropped.append(line)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
@@ -317,7 +323,8 @@ def read_interactions(path, min_rating, columns, timestamps):
             try:
                 dates = np.array([text.rstrip('Z') for text in texts], 'datetime64[ms]')
             except ValueError as error:
-                raise ValueError(f'{path}: timestamps are numbers or ISO dates: {error}') from None
+                raise ValueError(f'{path}: timestamps are numbers or ISO dates: {some([error])}'
+                                 ) from None
             times = dates.astype(float)
         times = np.nan_to_num(times, nan=-np.inf)[codes][rows]           # a missing one is oldest
         rows = np.flatnonzero(rows)[np.argsort(times, kind='stable')]
@@ -325,8 +332,8 @@ def read_interactions(path, min_rating, columns, timestamps):
 
 
 def is_text(kind, strings):
-    """Whether a column is text: its type is, or half of its cells are neither numbers nor missing;
-    and half of them are no addresses, words with :// in them."""
+    """Whether a column is text: its type is, or at least half of its distinct cells that are not
+    missing are no numbers; and at least half are no addresses, words with :// in them."""
     cells = [text for text in strings if text]
     texts = [text for text in cells if (kind or to_number(text) == -np.inf)
              and not all('://' in word for word in text.split())]
@@ -346,7 +353,7 @@ def read_items(path, text_columns, columns):
             same = ([name for name in table if name == asked] or
                     [name for name in table if plain(name) == plain(asked)])
             if len(same) != 1:
-                raise ValueError(f'{path}: no column {asked}; found {some(table)}')
+                raise ValueError(f'{path}: no column {some([asked])}; found {some(table)}')
             taken += same
     title = [name for end in ('title', 'name', '.*title', '.*name') for name in table
              if re.fullmatch(end, plain(name))] + taken
@@ -365,10 +372,10 @@ def read_items(path, text_columns, columns):
 
 
 def own_files(folder, columns):
-    """A user's interaction file and item file, or None, found in a folder by their columns."""
+    """The interaction file, and the item file or None, of a folder, found by their columns."""
     headers, others = {}, []
     for path in sorted(Path(folder).iterdir()):
-        if re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.IGNORECASE):
+        if path.is_file() and re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.I):
             try:
                 headers[path] = next(read_rows(path, columns, []))
             except ValueError as error:
@@ -388,9 +395,9 @@ def own_files(folder, columns):
         raise ValueError(
             f'{folder}: expected one file with user_id and item_id, and one or none with item_id '
             'and no user_id, as .csv, .tsv, .txt, .inter or .item, plain or .gz; found '
-            f'{"; ".join(found) or "none"}; not read: {some(others)}. Of several keep one or join '
-            'them; the split is drawn here. Name columns as in --columns user_id=visitorid '
-            'item_id=itemid; move others away')
+            f'{"; ".join(found) or "none"}; not read: {some(others)}. If there are several, keep '
+            'one or join them; the split is drawn here. Name columns as in --columns '
+            'user_id=visitorid item_id=itemid; move others away')
     others += [path.name for path in headers if path not in pairs + items]
     if others:
         note(f'{folder}: not read: {some(sorted(others))}')
@@ -477,11 +484,12 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
 
 
 def split(interactions, rng, last=False):
-    """Leave-one-out: train, valid, test, each csr U x I of ones. ValueError if no user has two.
+    """Leave-one-out: csr U x I, each pair once -> train, valid, test, each csr U x I of ones.
 
     Of a user's interactions one drawn with rng tests and another validates [paper]; with `last` the
     newest tests and the one before validates, by the values that load() gives with timestamps. A
-    user with two has no validation item, a user with one only trains.
+    user with two has no validation item, a user with one only trains. ValueError if no user has
+    two.
     """
     start, count = interactions.indptr[:-1], np.diff(interactions.indptr)       # (U,)
     if not (count >= 2).any():
@@ -494,7 +502,7 @@ def split(interactions, rng, last=False):
         test = rng.integers(0, np.maximum(count, 1))
         valid = rng.integers(0, np.maximum(count - 1, 1))
         valid += valid >= test                    # uniform over the others
-    part = interactions.copy()
+    part = sp.csr_matrix(interactions, dtype=np.int8, copy=True)
     part.data[:] = 1                              # train
     part.data[order[(start + valid)[count >= 3]]] = 2
     part.data[order[(start + test)[count >= 2]]] = 3

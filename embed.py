@@ -107,7 +107,7 @@ def download(url, path, sha256=None, size=None):
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
                 answer = session.get(url, stream=True, timeout=(10, 60), headers=headers)
                 answer.raise_for_status()
-                if answer.status_code != 206:
+                if not answer.headers.get('Content-Range', '').startswith(f'bytes {at}-'):
                     file.truncate(file.seek(0))            # the server sends all of it again
                 try:
                     for block in answer.iter_content(1 << 16):
@@ -126,7 +126,8 @@ def download(url, path, sha256=None, size=None):
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def sha256_of(path):
@@ -238,18 +239,19 @@ class Tokenizer:
         missing = {*SPECIALS, '<unk>'} - set(vocab)
         if missing:
             raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
-        self.pieces = functools.cache(self.pieces)   # titles share most of their words
+        self.longest = max(map(len, vocab))
+        self.known = {}                              # word -> its ids: titles share most words
 
     def pieces(self, word):
         """Ids of one word, longest match first; [UNK] for all of it if a part has no token."""
-        out, start, end = [], 0, len(word)
-        while start < end <= 100:                    # [authors' code: longer words are unknown]
+        out, start, end = [], 0, min(len(word), self.longest)
+        while start < end and len(word) <= 100:      # [authors' code: longer words are unknown]
             token = self.ids.get(('##' if start else '') + word[start:end])
             if token is None:
                 end -= 1
             else:
                 out.append(token)
-                start, end = end, len(word)
+                start, end = end, min(len(word), end + self.longest)
         return out if start == len(word) else [self.ids['[UNK]']]
 
     def __call__(self, text):
@@ -261,7 +263,10 @@ class Tokenizer:
                 part = ''.join(map(fold_char, part))
                 part = part.replace(' < unk > ', ' <unk> ')    # this special in any case: <UNK>
             words += part.split()
-        return [token for word in [*words, '</s>'] for token in self.pieces(word)]
+        words.append('</s>')
+        for word in {*words}.difference(self.known):
+            self.known[word] = self.pieces(word)
+        return [token for word in words for token in self.known[word]]
 
 
 def position_buckets(n_tokens, n_buckets):

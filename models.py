@@ -111,11 +111,12 @@ def check_alike(settings, arrays, device):
         raise ValueError('the processes have different settings, data or seeds: start all alike')
 
 
-def columns(K):
-    """The slice of K dimensions that this process holds."""
-    rank, W = ranks()
+def columns(K, rank=None):
+    """The slice of K dimensions that this process, or another rank, holds."""
+    mine, W = ranks()
     if W > K:
         raise ValueError(f'{K} dimensions cannot be split over {W} processes: start at most {K}')
+    rank = mine if rank is None else rank
     return slice(K * rank // W, K * (rank + 1) // W)
 
 
@@ -138,10 +139,11 @@ def gathered(x, K):
     """All K columns of a table of which each process holds its own: (n, K/W) -> (n, K)."""
     if ranks()[1] == 1:
         return x
-    whole = x.new_zeros(len(x), K)
-    whole[:, columns(K)] = x
-    send(dist.all_reduce, whole)                           # the others add zeros
-    return whole
+    whole = x.new_empty(K, len(x))             # transposed: what each rank sends is contiguous
+    whole[columns(K)] = x.T
+    for rank in range(ranks()[1]):
+        send(dist.broadcast, whole[columns(K, rank)], rank)
+    return whole.T.contiguous()
 
 
 def adjacency(observed):
@@ -167,7 +169,9 @@ def distinct(nodes, size):
     absent nodes mean nothing."""
     there = np.zeros(size, bool)
     there[nodes] = True
-    return np.flatnonzero(there), np.cumsum(there, dtype=np.int32) - 1
+    found, index = np.flatnonzero(there), np.empty(size, np.int32)
+    index[found] = np.arange(len(found), dtype=np.int32)
+    return found, index
 
 
 def receptive_field(graphs, nodes):
@@ -324,11 +328,11 @@ class LightGCN(torch.nn.Module):
     items0 (I, K): where the table starts. users, positives, negatives: int64 tensors (B,)."""
 
     reg = 1e-5                                             # [authors' code]
-    split = True                                           # each process holds columns() of E
+    by_columns = True                                      # each process holds columns() of E
 
     def __init__(self, graph, users0, items0, n_layers=2, device='cpu'):   # L = 2 [authors' code]
         super().__init__()
-        mine = columns(users0.shape[1]) if self.split else slice(None)
+        mine = columns(users0.shape[1]) if self.by_columns else slice(None)
         start = np.concatenate([users0[:, mine], items0[:, mine]]).astype(np.float32)
         self.n_users, self.K = users0.shape
         self.graphs = [on_device(graph, device)] * n_layers
@@ -462,7 +466,7 @@ class MoRec(LightGCN):
     Trained with BPR. The projection starts Xavier-uniform [authors' code for tables], from rng.
     """
 
-    split = False                      # of the projection each process holds its columns
+    by_columns = False                 # but of the projection each process holds its columns
 
     def __init__(self, graph, users0, items0, n_layers=0, device='cpu', dim=128, rng=None):
         super().__init__(graph, users0, items0, 0, device)
@@ -670,7 +674,8 @@ def early_stopping(model, epoch, valid, seen, epochs, patience, log):
     for number in range(1, epochs + 1):
         start, loss = time.perf_counter(), epoch()
         if not np.isfinite(loss):
-            raise ValueError(f'training diverged in epoch {number}: the loss is {loss}')
+            raise ValueError(f'training diverged in epoch {number}, the loss is {loss}: choose a '
+                             'lower learning rate')
         recall, ndcg = (np.mean(x) if valid.nnz else np.nan
                         for x in evaluate(*model.embeddings(), valid, seen))
         better = not ndcg <= best

@@ -1123,6 +1123,9 @@ class TestSplit:
             fails('nothing to test with', data.split, matrix, np.random.default_rng(seed), last)
             return
         train, valid, test = data.split(matrix, np.random.default_rng(seed), last)
+        for one, other in zip(data.split(matrix > 0, np.random.default_rng(seed)), data.split(
+                matrix, np.random.default_rng(seed))):
+            assert (one != other).nnz == 0                             # true or 1, the same
         whole = train + valid + test
         assert (whole.data == 1).all() and ((whole > 0) != (matrix > 0)).nnz == 0     # nothing lost
         assert (np.diff(test.indptr) == (count >= 2)).all()
@@ -1216,6 +1219,7 @@ class TestDownloads:
         ([{'status': 429, 'headers': {'Retry-After': '9000'}}], [None] * 2, [60]),
         ([{'status': 503, 'headers': {'Retry-After': YESTERDAY}}], [None] * 2, []),
         ([{'cut': 1}, {'all': 1}], [None, HALF], []),                  # knows no Range
+        ([{'cut': 1}, {'all': 1, 'status': 206}], [None, HALF], []),   # and says it does
         ([{'cut': 1}, {'status': 500}, {}], [None, HALF, HALF], [])])
     def test_it_goes_on_after(self, server, tmp_path, script, asked, waits):
         server.pages['f'], server.script = BIG, script

@@ -153,7 +153,13 @@ def fit(args, train, valid, vectors, rng, device, log):
     if args.model == 'alpharec':
         found = []
         for lr in RATES:
-            model, curve = train_alpharec(train, valid, vectors, lr, seen, rng, log)
+            try:
+                model, curve = train_alpharec(train, valid, vectors, lr, seen, rng, log)
+            except ValueError as error:
+                if lr == RATES[-1] and not found:          # none of the rates trains
+                    raise
+                print(f'note: learning rate {lr}: {error}', file=sys.stderr)
+                continue
             top = [epoch for epoch in curve if epoch['best']][-1]
             found.append((top, lr, model))
         top, lr, model = max(found, key=lambda one: one[0]['ndcg'])

@@ -259,8 +259,12 @@ def table(runs, against, show):
     shared = [f'{name} {first[name]}' for name in (*PROTOCOL, *names)
               if name not in differ and first.get(name) is not None]
     shared += [f'{name} {value} unless said' for name, value in usual.items()]
-    told = (f'; gain over {against}, p by paired t-test over users, Holm over {len(gains)} '
-            'comparisons')
+    told = f'; gain over {against}'
+    if 'brief' in show:
+        seeds = sorted({len(runs) for datasets in rows.values() for runs in datasets.values()})
+        shared.append(f'seeds {" or ".join(map(str, seeds))}')
+    else:
+        told += f', p by paired t-test over users, Holm over {len(gains)} comparisons'
     if fewer:
         told += '; where the seeds differ over those that both rows have'
     yield ', '.join(shared) + told * bool(gains)

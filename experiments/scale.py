@@ -12,8 +12,8 @@
 rows    writes a CSV of n ratings with a Zipf tail, reads, filters and splits it
 graph   builds A_hat of a synthetic graph, then trains one epoch of LightGCN on it, alone or with
         torchrun; --build-only
-step    per process of torchrun: peak memory, parameters, and bytes of the all-reduces of one
-        training step and one validation of LightGCN, SGL and SGCL on a dataset
+step    per process of torchrun: peak memory, parameters, and bytes of the messages (all-reduce,
+        broadcast) of one training step and one validation of LightGCN, SGL and SGCL on a dataset
 stages  runs llminit.py with var, MPNet's weights in the cache and no vectors: seconds and peak
         memory by stage
 limits  how near the two largest stages are to what the machine can do: a step of LightGCN beside
@@ -113,8 +113,9 @@ def step(args):
     import torch
     import torch.distributed as dist
     rank, device = models.join()
-    sent, reduce = [], dist.all_reduce
+    sent, reduce, broadcast = [], dist.all_reduce, dist.broadcast
     dist.all_reduce = lambda x, *more: sent.append(x.numel() * x.element_size()) or reduce(x, *more)
+    dist.broadcast = lambda x, r: sent.append(x.numel() * x.element_size()) or broadcast(x, r)
     W = models.ranks()[1]
     rng = np.random.default_rng(0)
     train, valid, _ = data.split(data.load(args.dataset, args.data)[0], rng)
