@@ -391,7 +391,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize('flags, expected', [
         ('--seen keep --lr .5 --model sgl --views walk', dict(
-            mask_seen=False, lr=.5, batch=2048, patience=10, epochs=300, views='walk', tau=.2)),
+            mask_seen=False, lr=.5, batch=2048, patience=7, epochs=300, views='walk', tau=.2)),
         ('--preset paper', {'batch': 256, 'mask_seen': True}), ('--model sgcl', {'batch': 256}),
         ('--batch 7', {'batch': 7})])
     def test_the_flags_of_training_arrive(self, flags, expected):
