@@ -19,7 +19,8 @@ stages  runs llminit.py with var, MPNet's weights in the cache and no vectors: s
 limits  how near the two largest stages are to what the machine can do: a step of LightGCN beside
         the time that its bytes take at the speed of a copy, and the share of an encoding that is
         matrix products
-joint   the start of that strategy, of a synthetic graph and random vectors of 768 numbers
+joint   the start of that strategy, of a synthetic graph and random vectors of 768 numbers: CPU
+        seconds and memory
 
 Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
 """
@@ -149,10 +150,10 @@ def joint(args):
     rng = np.random.default_rng(0)
     observed = synthetic(args, rng)
     vectors = rng.standard_normal((args.items, 768), np.float32)
-    began, before = time.perf_counter(), peak()
+    began, before = time.process_time(), peak()
     llminit.joint(vectors, observed, args.dim)
     print(f'{args.items:,} items, {observed.nnz:,} interactions, K = {args.dim}: '
-          f'{time.perf_counter() - began:.0f} s, peak {peak():.2f} GiB, before {before:.2f}')
+          f'{time.process_time() - began:.0f} CPU s, peak {peak():.2f} GiB, before {before:.2f}')
 
 
 def median_ms(work, times=50):

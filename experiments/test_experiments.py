@@ -96,7 +96,8 @@ class TestRun:
         results, rows = tmp_path / 'r.jsonl', 0
         for flags, new in (([], 1), (['--batch', 2048, '--lr', '.003', '--patience', 20], 0),
                            (['--preset', 'paper'], 1), (['--model', 'sgcl'], 1),
-                           (['--model', 'sgcl', '--preset', 'paper'], 0), (['--whiten', .5], 0),
+                           (['--model', 'sgcl', '--preset', 'paper', '--patience', 7], 0),
+                           (['--whiten', .5], 0),
                            (['--strategy', 'none', '--encoder', 'mpnet'], 1),
                            (['--strategy', 'none', '--pool', 'sqrt'], 0), (['--cold', '.5'], 1),
                            (['--patience', 7], 1), (['--tau', .5], 0)):
