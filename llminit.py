@@ -30,15 +30,8 @@ import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg
 
-STRATEGIES = ('none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'full')
+SELECTIONS = 'rand', 'uni', 'var', 'noise', 'pca', 'full'  # strategies of select_dims
 POOLS = {'mean': -1., 'sqrt': -.5, 'sum': 0.}              # power of |N_u| in eq. (1)
-# Training: batch, learning rate of Adam, epochs without a better validation before it stops.
-# [paper], [authors' code], [ours] say where a number comes from.
-PAPER = dict(batch=256, lr=1e-3, patience=10)              # [authors' code]
-OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good as PAPER in less time]
-        'sgl': dict(batch=2048, lr=3e-3, patience=7),      # [ours: 189 of 192 runs as with 10]
-        'sgcl': dict(PAPER, patience=7)}   # its negatives are in the batch, which stays as it is
-SAVED = ('users.npy', 'items.npy', 'run.json', 'recommendations.tsv')
 
 
 def principal(vectors, K, whiten=0.):
@@ -57,30 +50,7 @@ def principal(vectors, K, whiten=0.):
     return (centred @ axes * weight).astype(vectors.dtype)
 
 
-def joint(vectors, train, K, text=10., ridge=30.):
-    """The K strongest directions of interactions and text: (I, N), csr (U, I) -> (I, K). [ours]
-
-    M = D^-1/2 (X'X + text F F' + ridge Id) D^-1/2: X is train, F the vectors at length 1, D the
-    diagonal, |N_i| + text + ridge. From M = V diag(mu) V', mu descending: the columns of V times
-    sqrt(1 - 1/mu), zero for mu <= 1: the root of rank K of Id - M^-1, which is about the item-item
-    matrix of EASE (arXiv 1905.03375) with the text as further users. No (I, I) matrix is made.
-    """
-    weight = (train.getnnz(axis=0) + text + ridge) ** -.5                            # (I,) D^-1/2
-    sizes = np.linalg.norm(vectors, axis=1)
-    F = vectors * (text ** .5 * weight / np.where(sizes > 0, sizes, 1))[:, None]     # (I, N)
-    X = sp.csr_matrix((weight[train.indices], train.indices, train.indptr), train.shape)
-    M = sp.linalg.LinearOperator((len(F),) * 2, dtype=float, matvec=lambda v: (
-        X.T @ (X @ v) + F @ (F.T @ v) + ridge * weight ** 2 * v))
-    if not 0 < K < len(F):
-        raise ValueError(f'cannot make {K} directions of {len(F)} items: choose a smaller K')
-    mu, V = sp.linalg.eigsh(M, K, v0=np.ones(len(F)), tol=1e-4)                      # ascending
-    V, mu = V[:, ::-1], mu[::-1]
-    V *= np.sign(V[np.abs(V).argmax(axis=0), np.arange(K)])
-    return (V * np.sqrt(1 - 1 / np.maximum(mu, 1))).astype(vectors.dtype)            # (I, K)
-
-
-def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None,
-                train=None):
+def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
     """Make K of the N dimensions of item vectors: (I, N) -> (I, K). Section 3.1 of the paper.
 
     'uni'    dimensions k floor(N/K), k = 0..K-1
@@ -89,7 +59,6 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
              of the items, those with the highest `degree` (I,), as the authors' code does
     Beyond the paper [ours]:
     'pca'    K principal components, see principal(), which `whiten` is for
-    'joint'  K directions of vectors and of `train`, csr (U, I), together, see joint()
     'full'   all N dimensions, whatever K is
     'noise'  no text: normal numbers of the vectors' root mean square, as a control: a gain with it
              comes from scale and pooling
@@ -97,13 +66,11 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     The selections keep values as they are. ValueError for K > N or vectors that are not finite.
     """
     I, N = vectors.shape
-    if strategy not in STRATEGIES[1:]:
-        raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(STRATEGIES[1:])}')
-    if (strategy in ('rand', 'noise') and rng is None or strategy == 'joint' and train is None
-            or popular < 1 and degree is None):
-        raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree; '
-                         'joint needs train')
-    if not 1 <= K <= N and strategy not in ('full', 'noise', 'joint'):
+    if strategy not in SELECTIONS:
+        raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(SELECTIONS)}')
+    if strategy in ('rand', 'noise') and rng is None or popular < 1 and degree is None:
+        raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree')
+    if not 1 <= K <= N and strategy not in ('full', 'noise'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose K from 1 to {N}')
     if not np.isfinite(vectors).all():
         bad = (~np.isfinite(vectors)).any(axis=1).sum()
@@ -112,8 +79,6 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
         return vectors
     if strategy == 'pca':
         return principal(vectors, K, whiten)
-    if strategy == 'joint':
-        return joint(vectors, train, K)
     if strategy == 'noise':
         scale = np.sqrt(np.square(vectors, dtype=np.float64).mean())
         return rng.normal(0, scale, (I, K)).astype(vectors.dtype)
@@ -144,9 +109,39 @@ def pool_users(train, items0, pool='mean'):
     return history @ items0                                          # eq. (1), (U, K)
 
 
+def joint(vectors, train, K, text=10., ridge=30.):
+    """The K strongest directions of interactions and text: (I, N), csr (U, I) -> (I, K). [ours]
+
+    M = D^-1/2 (X'X + text F F' + ridge Id) D^-1/2: X is train, F the vectors at length 1, D the
+    diagonal, |N_i| + text + ridge. From M = V diag(mu) V', mu descending: the columns of V times
+    sqrt(1 - 1/mu), zero for mu <= 1: the root of rank K of Id - M^-1, which is about the item-item
+    matrix of EASE (arXiv 1905.03375) with the text as further users. No (I, I) matrix is made.
+    """
+    weight = (train.getnnz(axis=0) + text + ridge) ** -.5                            # (I,) D^-1/2
+    sizes = np.linalg.norm(vectors, axis=1)
+    F = vectors * (text ** .5 * weight / np.where(sizes > 0, sizes, 1))[:, None]     # (I, N)
+    X = sp.csr_matrix((weight[train.indices], train.indices, train.indptr), train.shape)
+    M = sp.linalg.LinearOperator((len(F),) * 2, dtype=float, matvec=lambda v: (
+        X.T @ (X @ v) + F @ (F.T @ v) + ridge * weight ** 2 * v))
+    if not 0 < K < len(F):
+        raise ValueError(f'cannot make {K} directions of {len(F)} items: choose a smaller K')
+    mu, V = sp.linalg.eigsh(M, K, v0=np.ones(len(F)), tol=1e-4)                      # ascending
+    V, mu = V[:, ::-1], mu[::-1]
+    V *= np.sign(V[np.abs(V).argmax(axis=0), np.arange(K)])
+    return (V * np.sqrt(1 - 1 / np.maximum(mu, 1))).astype(vectors.dtype)            # (I, K)
+
+
 def xavier(rng, rows, K):
     """The random start of the baselines [authors' code]: uniform on +-sqrt(6 / (rows + K))."""
     return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
+
+
+# Training: batch, learning rate of Adam, epochs without a better validation before it stops.
+# [paper], [authors' code], [ours] say where a number comes from.
+PAPER = dict(batch=256, lr=1e-3, patience=10)              # [authors' code]
+OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good as PAPER in less time]
+        'sgl': dict(batch=2048, lr=3e-3, patience=7),      # [ours: 189 of 192 runs as with 10]
+        'sgcl': dict(PAPER, patience=7)}   # its negatives are in the batch, which stays as it is
 
 
 def training(args):
@@ -170,6 +165,9 @@ def lines_of(row, head=True):
     """The lines of a Markdown table of one row."""
     cells = (row.keys(), ['---'] * len(row), row.values())[0 if head else 2:]
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in cells)
+
+
+SAVED = 'users.npy', 'items.npy', 'run.json', 'recommendations.tsv'
 
 
 def check_folder(folder):
@@ -254,7 +252,8 @@ def parser():
         type=lambda text: text.split(','))
     add('--split', 'random leave-one-out [paper], or the last by timestamp', default='random',
         choices=('random', 'last'))
-    add('--strategy', 'which dimensions; none: no text', default='var', choices=STRATEGIES)
+    add('--strategy', 'which dimensions; none: no text', default='var',
+        choices=('none', *SELECTIONS, 'joint'))
     add('--model', 'what is trained; morec takes all N dimensions', default='lightgcn',
         choices=('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr'))
     add('--encoder', 'mpnet, tfidf, openai:MODEL, the folder of an MPNet, or a file of vectors',
@@ -326,8 +325,9 @@ def main(argv=None):
     if args.strategy == 'none':
         users0, items0 = (xavier(rng, n, args.dim) for n in train.shape)     # (U, K), (I, K)
     else:
-        items0 = select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten, train=train,
-                             popular=args.popular, degree=train.getnnz(axis=0))          # (I, K)
+        items0 = joint(vectors, train, args.dim) if args.strategy == 'joint' else select_dims(
+            vectors, args.dim, args.strategy, rng, whiten=args.whiten, popular=args.popular,
+            degree=train.getnnz(axis=0))                                     # (I, K)
         users0 = pool_users(train, items0, args.pool)                        # (U, K)
     model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
                                 log=say, **training(args))

@@ -307,7 +307,7 @@ class TestGolden:
 # ---- llminit.py -------------------------------------------------------------------------------
 
 class TestSelection:
-    """TestGolden has exact figures of every strategy but 'joint'."""
+    """TestGolden has exact figures of every strategy, but not of joint."""
 
     def test_var_keeps_the_widest_dimensions_wherever_their_means_are(self):
         rng = np.random.default_rng(0)
@@ -320,7 +320,7 @@ class TestSelection:
         rng, train = np.random.default_rng(0), random_graph(60, 30, .2)
         vectors = rng.standard_normal((30, 7)).astype(np.float32)
         vectors[3] = 0                                                 # an item without words
-        found = llminit.select_dims(vectors, 9, 'joint', train=train)
+        found = llminit.joint(vectors, train, 9)
         sizes = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
         X, F = train.toarray().astype(float), vectors.astype(float) / sizes
         M = X.T @ X + 10 * F @ F.T + 30 * np.eye(30)
@@ -332,11 +332,10 @@ class TestSelection:
         np.testing.assert_allclose(found @ found.T, best, atol=1e-4)
         assert found.dtype == np.float32
         train.data[:] = 5                                              # ratings count as ones
-        assert (found == llminit.select_dims(vectors, 9, 'joint', train=train)).all()
+        assert (found == llminit.joint(vectors, train, 9)).all()
 
     @pytest.mark.parametrize('K, strategy, more, message', [
-        (0, 'var', {}, 'cannot keep 0 of 10'), (3, 'joint', {}, 'joint needs train'),
-        (3, 'rand', {}, 'noise need rng'),
+        (0, 'var', {}, 'cannot keep 0 of 10'), (3, 'rand', {}, 'noise need rng'),
         (3, 'best', {}, "strategy 'best': expected one of rand"), (3, 'none', {}, 'one of rand'),
         (3, 'var', {'popular': .5}, 'popular < 1 needs degree'),
         (4, 'pca', {}, 'fewer than K = 4'), (2, 'uni', {'broken': np.nan}, '1 of 4 item vectors')])
@@ -377,7 +376,7 @@ class TestCommandLine:
         assert rows_of(out)[2][:3] == [f'| {own}', 'lightgcn', 'var']
 
     @pytest.mark.parametrize('model', models.MODELS)
-    @pytest.mark.parametrize('strategy', llminit.STRATEGIES)
+    @pytest.mark.parametrize('strategy', ['none', *llminit.SELECTIONS, 'joint'])
     def test_each_model_runs_with_each_strategy(self, own, capsys, model, strategy):
         flags = ['--dim', '16'] if strategy != 'full' else []
         assert llminit.command(['--dataset', str(own), '--encoder', 'tfidf', '--epochs', '4',

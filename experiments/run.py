@@ -47,11 +47,11 @@ LISTS = 'dataset', 'encoder', 'dim', 'cold', 'model', 'strategy'
 SETTINGS = ('dataset', 'min_rating', 'core', 'text_columns', 'columns', 'split', 'strategy',
             'model', 'encoder', 'dim', 'cold', 'whiten', 'popular', 'pool', 'views', 'tau', 'seen',
             'epochs', 'preset', 'seed')
+TEXT = *llminit.SELECTIONS, 'joint'                      # strategies that start from text
 # flags that only some runs use; the others keep the default, so that runs that are alike are one
 USED_BY = {'whiten': ('strategy', ('pca',)), 'popular': ('strategy', ('var',)),
-           'encoder': ('strategy', llminit.STRATEGIES[1:]),
-           'pool': ('strategy', llminit.STRATEGIES[1:]), 'views': ('model', ('sgl',)),
-           'tau': ('model', ('sgl', 'sgcl'))}
+           'encoder': ('strategy', TEXT), 'pool': ('strategy', TEXT),
+           'views': ('model', ('sgl',)), 'tau': ('model', ('sgl', 'sgcl'))}
 ACTIVITY = 0, 1, 2, 3, 5, 9, 17     # [ours] lower bounds of the groups of users, by number of
                                     # training interactions, that are also scored separately
 
@@ -132,8 +132,9 @@ def fit(args, train, valid, vectors, rng, device, log):
     if vectors is None:
         users0, items0 = (llminit.xavier(rng, n, args.dim) for n in train.shape)
     else:
-        items0 = llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
-                                     popular=args.popular, degree=train.getnnz(axis=0), train=train)
+        items0 = (llminit.joint(vectors, train, args.dim) if args.strategy == 'joint' else
+                  llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
+                                      popular=args.popular, degree=train.getnnz(axis=0)))
         users0 = llminit.pool_users(train, items0, args.pool)
     model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
                                 log=log, **args.training)
