@@ -278,14 +278,13 @@ def read_table(path, columns, needed, more=None):
 def clean_ids(codes, ids, path):
     """Codes (E,) of the distinct ids, and those; a missing id has code -1."""
     place = {name: n for n, name in enumerate(dict.fromkeys(filter(None, ids)))}
-    for name in place:
-        if re.search('[\0-\37]', name):
-            raise ValueError(f'{path}: the id {name[:60]!r} holds a sign that no id has: is a quote'
-                             ' not closed, or the file not UTF-8?')
-        if re.fullmatch(r'\d([.,]\d+)?[Ee]\+?\d+', name):
-            note(f'{path}: an id is {name}, as spreadsheets round long numbers: different ids may '
-                 'have become one', 'warning')
-            break
+    if wrong := next((name for name in place if re.search('[\0-\37]', name)), None):
+        raise ValueError(f'{path}: the id {wrong[:60]!r} holds a sign that no id has: is a quote '
+                         'not closed, or the file not UTF-8?')
+    pattern = r'\d([.,]\d+)?[Ee]\+?\d+'
+    if rounded := next((name for name in place if re.fullmatch(pattern, name)), None):
+        note(f'{path}: an id is {rounded}, as spreadsheets round long numbers: different ids may '
+             'have become one', 'warning')
     return np.array([place.get(name, -1) for name in ids], np.int32)[codes], list(place)
 
 
