@@ -112,6 +112,8 @@ def download(url, path, sha256=None, size=None):
                         file.write(block)
                         if sys.stderr.isatty():
                             print(f'{file.tell() >> 20:5} MB of {url}', end='\r', file=sys.stderr)
+                        if size and file.tell() > size:    # an endless body must not fill the disk
+                            break
                     break
                 except requests.RequestException:
                     if not left:
@@ -170,17 +172,18 @@ def dataset_files(dataset, folder):
     home = Path(folder, name)
     paths = [home / f'{name}.inter', home / f'{name}.item']
     missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return paths
     try:
-        if missing:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as scratch:
-                archive = fetch(dataset, scratch)
-                for path in missing:
-                    unpack(archive, Path(scratch, path.name))
-                home.mkdir(exist_ok=True)
-                for path in missing:
-                    if not path.is_file():
-                        Path(scratch, path.name).replace(path)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as scratch:
+            archive = fetch(dataset, scratch)
+            for path in missing:
+                unpack(archive, Path(scratch, path.name))
+            home.mkdir(exist_ok=True)
+            for path in missing:
+                if not path.is_file():
+                    Path(scratch, path.name).replace(path)
     except (OSError, ValueError) as error:
         raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand '
                       '(experiments/amazon2014.py makes them from the raw files)') from None

@@ -114,6 +114,8 @@ def download(url, path, sha256=None, size=None):
                         file.write(block)
                         if sys.stderr.isatty():
                             print(f'{file.tell() >> 20:5} MB of {url}', end='\r', file=sys.stderr)
+                        if size and file.tell() > size:    # an endless body must not fill the disk
+                            break
                     break
                 except requests.RequestException:
                     if not left:

@@ -1229,7 +1229,7 @@ class TestDownloads:
     @pytest.mark.parametrize('script, n_asked, more, message', [
         ([{'status': 500}] * 9, 5, {}, '500'), ([{'cut': 1, 'all': 1}] * 9, 5, {}, 'broken'),
         ([{'status': 404}], 1, {}, '404'), ([], 1, {'sha256': '0' * 64}, 'expected None with 00'),
-        ([], 1, {'size': 4}, 'expected 4')])
+        ([], 1, {'size': 4}, r'\b65536 bytes .* expected 4')])         # and reads no further
     def test_it_gives_up_and_leaves_nothing(self, server, tmp_path, script, n_asked, more, message):
         server.pages['f'], server.script, url = BIG, script, server.url + 'f'
         fails(f'{url}: .*{message}', data.download, url, str(tmp_path / 'f'), **more)
