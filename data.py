@@ -42,6 +42,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -323,11 +324,12 @@ def read_interactions(path, min_rating, columns, timestamps):
         times = np.array([to_number(text) for text in texts])
         if (times == -np.inf).any():
             try:
-                dates = np.array([text.rstrip('Z') for text in texts], 'datetime64[ms]')
+                dates = [datetime.fromisoformat(text or '0001-01-01') for text in texts]
             except ValueError as error:
                 raise ValueError(f'{path}: timestamps are numbers or ISO dates: {some([error])}'
                                  ) from None
-            times = dates.astype(float)
+            times = np.array([date.replace(tzinfo=date.tzinfo or UTC).timestamp()
+                              for date in dates])
         times = np.nan_to_num(times, nan=-np.inf)[codes][rows]           # a missing one is oldest
         rows = np.flatnonzero(rows)[np.argsort(times, kind='stable')]
     return users[rows], items[rows], positive[rows], user_ids, item_ids, lost
@@ -390,10 +392,11 @@ def own_files(folder, columns):
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
     wrong = [path for path, names in headers.items()
              if not {'user_id', 'item_id'} & {*names} and path.suffix.lower() != '.txt']
-    idle = {*columns}.intersection(*headers.values())          # `columns` that rename nothing
-    idle |= {*columns.values()}.difference(*headers.values())
+    idle = {*columns} - {theirs for names in headers.values() for theirs, ours in columns.items()
+                         if ours in names and theirs not in {*names} - {ours}}
     if len(pairs) != 1 or len(items) > 1 or wrong or idle:
         found = [f'{path.name} (columns {some(names)})' for path, names in headers.items()]
+        found += [f'nothing to rename from {name}' for name in sorted(idle)]
         raise ValueError(
             f'{folder}: expected one file with user_id and item_id, and one or none with item_id '
             'and no user_id, as .csv, .tsv, .txt, .inter or .item, plain or .gz; found '

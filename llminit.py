@@ -207,7 +207,7 @@ def complain(text):
     rank 0 prints the error and torchrun stops the rest; a rank still alive then prints it too."""
     if os.environ.get('RANK', '0') not in ('', '0'):
         time.sleep(5)
-    print(f'llminit: error: {text}', file=sys.stderr)
+    print(f'llminit: error: {" ".join(text.split())[:1000]}', file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -350,7 +350,7 @@ def command(argv=None):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and 'memory' not in str(error):     # torch's MemoryError
             raise
-        complain(' '.join(str(error).split())[:1000] or 'not enough memory')
+        complain(str(error) or 'not enough memory')
         return 2
     except KeyboardInterrupt:
         print('llminit: stopped', file=sys.stderr)

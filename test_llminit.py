@@ -414,13 +414,13 @@ class TestCommandLine:
         ('--dim x', "invalid number value: 'x'"), ('--whiten nan', 'not a number from 0 to 1'),
         ('--encoder nothing.npy', 'no such file'),
         ('--dataset nowhere', 'nowhere: neither a folder'), ('--strategy best', 'invalid choice'),
-        ('--colour red', 'unrecognized'), ('--strategy full', 'leave out --dim'),
+        ('--strategy full', 'leave out --dim'), ('--colour=r\ned', 'arguments: --colour=r ed'),
         ('--dataset ml-100k --data /dev/null', 'ml-100k: '), ('--core 99', 'lower min_rating or'),
         ('--cache /dev/null --encoder mpnet', 'cache')])
     def test_bad_input_is_one_line_and_exit_code_2(self, own, tmp_path, capsys, flags, message):
         before = sorted(tmp_path.rglob('*'))
         try:
-            code = main_on(own, *flags.split())
+            code = main_on(own, *flags.split(' '))
         except SystemExit as stop:                                     # argparse leaves this way
             code = stop.code
         err = [line for line in capsys.readouterr().err.splitlines() if line[:6] != 'note: ']
@@ -934,6 +934,9 @@ CASES = [
      {'columns': {'visitorid': 'user_id', 'id': 'item_id', 'score': 'rating'}}),
     ('a name that is not there', '@,score / a,1,5', I, 'error: --columns',
      {'columns': {'scores': 'rating'}}),
+    ('a name that is taken', '@,rating,score / a,1,5,1', I,
+     'error: ; nothing to rename from score;',
+     {'columns': {'score': 'rating', 'item_id': 'item_id'}}),
     ('two columns of one name', '@ / a,1', 'item_id,tag,tag / 1,x,y',
      'error: several columns are tag'),
     ('a name beside its variants', 'id,user_id,User ID,item_id / 7,a,b,1', 'id,title / 1,tea',
@@ -1145,8 +1148,9 @@ class TestSplit:
     @pytest.mark.parametrize('rows, order', [             # ties by file order; a missing one first
         ('a,2,7 / a,1,7 / b,1,9 / b,2, / b,1,3 / c,2,1 / c,1,2 / c,2,3',
          {'a': '21', 'b': '21', 'c': '12'}),
-        ('a,2,2014-05-31 / a,1,2014-05-31 10:00:00.070 / b,2,2014-06-01T10:00Z / b,1,NA',
-         {'a': '21', 'b': '12'})])
+        ('a,2,2014-05-31 / a,1,2014-05-31 10:00:00.070 / b,2,2014-06-01T10:00Z / b,1,NA / '
+         'c,1,2014-06-01T10:00+00:00 / c,2,2014-06-01T11:00+02:00',
+         {'a': '21', 'b': '12', 'c': '21'})])
     def test_timestamps_order_the_items_of_a_user(self, tmp_path, rows, order):
         own = write_files(tmp_path / 'own', I, {'r.csv': '@,timestamp / ' + rows})
         matrix, _, _, users, items, _ = data.load(own, core=1, timestamps=True)
