@@ -55,9 +55,6 @@ MAX_TOKENS = 384           # [authors' code: sentence-transformers' setting], wi
 CPU_TOKENS, GPU_TOKENS = 2048, 16384   # a batch [ours: on a CPU 4096 is no faster, 1024 slower]
 EXACT_LAYERS = 4           # [ours: never in bfloat16. If layers 0 to 3 round too, texts fall to a
                            # cosine of .9994; the later ones add 1e-5 at most]
-SIZES = {'vocab_size': 30527, 'hidden_size': 768, 'num_hidden_layers': 12,
-         'num_attention_heads': 12, 'intermediate_size': 3072, 'max_position_embeddings': 514,
-         'relative_attention_num_buckets': 32, 'layer_norm_eps': 1e-5}
 PAD = 1                    # id of <pad>; positions are counted from PAD + 1
 SPECIALS = ('<s>', '<pad>', '</s>', '[UNK]', '<mask>')      # found in the text as it was typed
 CJK = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
@@ -68,7 +65,7 @@ TEXT_BYTES = 8000          # of a text to an endpoint [ours: a token has a byte 
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16,
           'BF16': torch.bfloat16, 'I64': torch.int64, 'I32': torch.int32}
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-           EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+           AssertionError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
            tokenize.TokenError)        # what numpy, torch, json and zipfile raise for damage
 
 
@@ -284,12 +281,6 @@ def position_buckets(n_tokens, n_buckets):
     return torch.from_numpy(bucket + half * (distance > 0))
 
 
-def embedding(n_rows, width):
-    """An embedding without random numbers: drawing them on the meta device would import sympy,
-    75 MB and two seconds."""
-    return nn.Embedding.from_pretrained(torch.empty(n_rows, width))
-
-
 class Layer(nn.Module):
     """One transformer layer, norm after the sum, modules named as in the checkpoint."""
 
@@ -333,18 +324,20 @@ class MPNet(nn.Module):
     attention and mean see groups; all else sees one row of M tokens.
     """
 
-    def __init__(self, sizes):
+    def __init__(self, state, eps):
+        """state: {name: tensor} of the checkpoint, whose shapes are the sizes."""
         super().__init__()
-        width, eps = sizes['hidden_size'], sizes['layer_norm_eps']
-        self.embeddings = nn.ModuleDict({
-            'word_embeddings': embedding(sizes['vocab_size'], width),
-            'position_embeddings': embedding(sizes['max_position_embeddings'], width),
-            'LayerNorm': nn.LayerNorm(width, eps)})
+        words, places, bias = (
+            nn.Embedding.from_pretrained(state[f'{name}.weight']) for name in
+            ('embeddings.word_embeddings', 'embeddings.position_embeddings',
+             'encoder.relative_attention_bias'))
+        width, inner = words.embedding_dim, len(state['encoder.layer.0.intermediate.dense.bias'])
+        n_layers = sum(name.endswith('.attn.q.weight') for name in state)
+        self.embeddings = nn.ModuleDict({'word_embeddings': words, 'position_embeddings': places,
+                                         'LayerNorm': nn.LayerNorm(width, eps)})
         self.encoder = nn.ModuleDict({
-            'layer': nn.ModuleList(Layer(width, sizes['intermediate_size'], eps)
-                                   for _ in range(sizes['num_hidden_layers'])),
-            'relative_attention_bias': embedding(sizes['relative_attention_num_buckets'],
-                                                 sizes['num_attention_heads'])})
+            'layer': nn.ModuleList(Layer(width, inner, eps) for _ in range(n_layers)),
+            'relative_attention_bias': bias})
 
     def forward(self, groups):
         """groups: list of (B, T) int64 ids, each of one length -> (sum of B, N) float32."""
@@ -368,49 +361,49 @@ class MPNet(nn.Module):
 
 
 def read_config(folder):
-    """Sizes and token limit of an MPNet folder in the hub's layout; MPNet's if no file says.
-    ValueError if it pools otherwise than by the mean, or if something but a norm follows."""
+    """Token limit and epsilon of the norms of an MPNet folder in the hub's layout; MPNet's if no
+    file says. ValueError if it pools otherwise than by the mean, or if more than a norm follows."""
     def read(name):
         path = Path(folder, name)
         return json.loads(path.read_text(encoding='utf8')) if path.is_file() else {}
     try:
-        found, pooling = read('config.json'), read('1_Pooling/config.json')
-        sizes = {key: found.get(key, size) for key, size in SIZES.items()}
-        limit = int(min(read('sentence_bert_config.json').get('max_seq_length') or MAX_TOKENS,
-                        sizes['max_position_embeddings'] - PAD - 1))
+        eps = read('config.json').get('layer_norm_eps', 1e-5)
+        pooling = read('1_Pooling/config.json')
+        limit = int(read('sentence_bert_config.json').get('max_seq_length') or MAX_TOKENS)
         on = [key for key, on in pooling.items() if 'pooling_mode_' in key and on is True]
         mode = pooling.get('pooling_mode') or on     # a name, or older: a switch for each
         further = [path.parent.name for path in Path(folder).glob('[2-9]_*/config.json')
                    if 'Normalize' not in path.parent.name]
         if further or pooling and mode not in ('mean', ['mean'], ['pooling_mode_mean_tokens']):
             raise ValueError(f'pooling {mode}, then {further}; expected the mean, then a norm')
-        if min(*sizes.values(), limit - 1) <= 0:
-            raise ValueError(f'sizes {sizes} with {limit} tokens')
+        if not (limit > 1 and eps > 0):
+            raise ValueError(f'{limit} tokens, layer_norm_eps {eps}')
     except DAMAGED as error:
         raise ValueError(f'{folder}: config.json, sentence_bert_config.json or 1_Pooling/'
                          f'config.json: {one_line(error)}') from None
-    return sizes, limit
+    return limit, eps
 
 
 def load_mpnet(folder):
     """Tokenizer, MPNet and token limit of a folder with vocab.txt and model.safetensors."""
-    sizes, limit = read_config(folder)
+    limit, eps = read_config(folder)
     try:
         vocab = Path(folder, 'vocab.txt').read_text(encoding='utf8').rstrip('\n').split('\n')
         tokenizer = Tokenizer(vocab)
-        with torch.device('meta'):                   # no memory: the file's tensors are assigned
-            model = MPNet(sizes)
         # Left out: the pooler and the language model's head, which no mean-pooled vector passes
         # through, and position_ids, which older checkpoints store though they only count.
         state = {name.removeprefix('mpnet.'): tensor.float() for name, tensor
                  in read_safetensors(Path(folder, 'model.safetensors')).items()
                  if not re.match(r'(mpnet\.)?(pooler|lm_head|embeddings\.position_ids)', name)}
+        with torch.device('meta'):                   # no memory: the file's tensors are assigned
+            model = MPNet(state, eps)
         model.load_state_dict(state, strict=True, assign=True)
-        if len(vocab) > sizes['vocab_size'] or sizes['hidden_size'] % sizes['num_attention_heads']:
-            raise ValueError(f'{len(vocab)} lines of vocab.txt, sizes {sizes}')
+        model([torch.tensor([[len(vocab) - 1]])])    # do all shapes fit, and vocab.txt too?
     except DAMAGED as error:
-        raise ValueError(f'{folder} is not an MPNet of these sizes: {one_line(error)}') from None
-    return tokenizer, model.eval(), limit
+        raise ValueError(f'{folder}: vocab.txt and model.safetensors are not those of an MPNet: '
+                         f'{one_line(error)}') from None
+    positions = model.embeddings.position_embeddings.num_embeddings - PAD - 1
+    return tokenizer, model.eval(), min(limit, positions)
 
 
 def fast_dtype(device):
@@ -686,10 +679,9 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
 
     texts    list of I strings; an empty one is fine
     encoder  'mpnet' (N = 768, fetched once into cache), the folder of another MPNet checkpoint
-             (model.safetensors, vocab.txt; config.json, sentence_bert_config.json and
-             1_Pooling/config.json as on the hub if they differ from mpnet's), 'tfidf'
-             (N = min(768, I, words)), 'openai:MODEL' (any OpenAI-compatible server, by
-             OPENAI_BASE_URL and OPENAI_API_KEY), or a file of vectors, see from_file()
+             (model.safetensors, vocab.txt, and the hub's configs for layer_norm_eps, token limit
+             and pooling), 'tfidf' (N = min(768, I, words)), 'openai:MODEL' (any OpenAI-compatible
+             server, by OPENAI_BASE_URL and OPENAI_API_KEY), or a file of vectors, see from_file()
     ids      list of I strings, the items' ids, for files with ids
     cache    folder for the weights (438 MB) and the vectors of MPNet and endpoints
     device   a torch device, for MPNet

@@ -1352,10 +1352,6 @@ def tiny_mpnet(folder, seed=0, layers=2):
     folder.mkdir(exist_ok=True)
     write_safetensors(folder / 'model.safetensors', {**weights, **extra})
     (folder / 'vocab.txt').write_text('\n'.join(VOCAB) + '\n', encoding='utf8')
-    config = dict(vocab_size=len(VOCAB), hidden_size=width, num_hidden_layers=layers,
-                  num_attention_heads=heads, intermediate_size=inner,
-                  max_position_embeddings=positions)
-    (folder / 'config.json').write_text(json.dumps(config))
     return {name: w.astype(np.float64) for name, w in weights.items()}
 
 
@@ -1484,13 +1480,12 @@ class TestMPNet:
         assert list(map(torch.equal, exact, fast)) == [True] * 4 + [False] * 2
 
     @pytest.mark.parametrize('name, text, match', [
-        ('config.json', '{"hidden_size": 16', 'config.json'), ('config.json', '[]', 'config.json'),
-        ('config.json', '{"hidden_size": "x"}', 'config.json'),
-        ('config.json', '{"num_attention_heads": 0}', 'config.json'),
-        ('config.json', '[' * 100_000, 'config.json'),
-        ('config.json', '{"hidden_size": 24, "num_attention_heads": 3}', 'of these sizes'),
-        ('vocab.txt', 'a\nb', 'lacks'),
-        ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), '40006 lines of vocab.txt'),
+        ('config.json', '{"layer_norm_eps": 1', 'config.json'), ('config.json', '[]', 'config.js'),
+        ('config.json', '{"layer_norm_eps": 0}', 'layer_norm_eps 0'),
+        ('config.json', '{"layer_norm_eps": "x"}', 'config.json'),
+        ('config.json', '[' * 100_000, 'config.json'), ('vocab.txt', 'a\nb', 'lacks'),
+        ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'not those of an MPNet: index'),
+        ('model.safetensors', headed(b'{}').decode(), 'not those of an MPNet: .*word_emb'),
         *(('sentence_bert_config.json', f'{{"max_seq_length": {value}}}', match) for value, match
           in (('-Infinity', 'config.json'), ('"x"', 'config.json'), ('-5', '-5 tokens'),
               ('NaN', 'config.json'))),
@@ -1518,6 +1513,8 @@ class TestMPNet:
         short = embed.encode(TEXTS, tiny, cache=tmp_path)              # not the old vectors
         cut = embed.encode(['red tea', 'a b c', 'a a a'], tiny, cache=tmp_path)
         assert np.abs(short[[0, 2, 8]] - cut).max() < 1e-6
+        (tiny / 'config.json').write_text('{"layer_norm_eps": 0.1}')
+        assert np.abs(embed.encode(TEXTS, tiny, cache=tmp_path) - short).max() > 1e-3
 
     @pytest.mark.skipif(not (WEIGHTS / 'model.safetensors').is_file(),
                         reason=f'the weights of all-mpnet-base-v2 are not in {WEIGHTS}')
