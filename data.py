@@ -24,9 +24,9 @@ with a header, which decides the delimiter (tab , ; or |).
     the title is the column title, or name, or one that ends so, or the first text
     users are numbered by first appearance, items by the item file; of repeated items the first
     counts. Without an item file the texts are empty; a single file with a title is both
-What is dropped is counted on stderr. Not here: ratings as weights, cleaning of HTML.
-U users, I items, E rows. Needs numpy, scipy and requests. MIT licence, from LLMInit's reference
-implementation.
+What is dropped of such a folder is counted on stderr. Not here: ratings as weights, clean HTML.
+U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
+LLMInit's reference implementation.
 """
 import contextlib
 import csv
@@ -197,7 +197,8 @@ def plain(name):
 
 
 def header(cells, columns):
-    """{name: type or ''}; `columns`, then NAMES, rename a column unless the new name is there."""
+    """{name: (type or '', name in the file)}; `columns`, then NAMES, rename a column unless the new
+    name is there."""
     found = [re.fullmatch('(.*?)(?::(token|token_seq|float|float_seq))?', cell.strip(), re.DOTALL)
              for cell in cells]
     names = [match[1] for match in found]
@@ -205,8 +206,9 @@ def header(cells, columns):
         there = {*names}
         names = [name if renamed(name) in there else renamed(name) or name for name in names]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f'several columns are {some(twice[:1])}: {some(cells)}')
-    return {name: match[2] or '' for name, match in zip(names, found)}
+        raise ValueError('the first line must name the columns, each once; found '
+                         f'{some(twice[:1])} twice in {some(cells)}')
+    return {name: (match[2] or '', match[1]) for name, match in zip(names, found)}
 
 
 def read_rows(path, columns, dropped):
@@ -226,23 +228,21 @@ def read_rows(path, columns, dropped):
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
             cells = next(reader)
             yield header(cells, columns)
-            line = reader.line_num
-            while True:
+            row = []
+            while row is not None:
+                line = reader.line_num
                 try:
-                    for row in reader:
-                        if len(row) == len(cells) and row != cells:
-                            yield row
-                        elif row:
-                            dropped.append(reader.line_num)
-                        line = reader.line_num
-                    return
+                    row = next(reader, None)
                 except csv.Error as error:
                     if reader.line_num > line + 1:         # lines would be lost with it
                         raise ValueError(
                             f'the quote in line {line + 1} does not end before line '
                             f'{reader.line_num} ({some([error])}); inside quotes double it')
-                    line = reader.line_num
-                    dropped.append(line)
+                    row = cells                            # is dropped too
+                if row and len(row) == len(cells) and row != cells:
+                    yield row
+                elif row:
+                    dropped.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
@@ -350,7 +350,7 @@ def read_items(path, text_columns, columns):
     codes, ids = clean_ids(*table.pop('item_id'), path)
     both = {*NAMES.values()} - {'title'} if 'user_id' in kinds else ()     # not of the items
     table = {name: column for name, column in table.items() if name not in both}
-    taken = [name for name in table if name == 'title' or is_text(kinds[name], table[name][1])]
+    taken = [name for name in table if name == 'title' or is_text(kinds[name][0], table[name][1])]
     if text_columns is not None:
         taken = []
         for asked in text_columns:
@@ -379,7 +379,8 @@ def own_files(folder, columns):
     """The interaction file, and the item file or None, of a folder, found by their columns."""
     headers, others = {}, []
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.I):
+        if path.is_file() and re.search(r'^[^.].*\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name,
+                                         re.I):
             try:
                 headers[path] = next(read_rows(path, columns, []))
             except ValueError as error:
@@ -392,8 +393,8 @@ def own_files(folder, columns):
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
     wrong = [path for path, names in headers.items()
              if not {'user_id', 'item_id'} & {*names} and path.suffix.lower() != '.txt']
-    idle = {*columns} - {theirs for names in headers.values() for theirs, ours in columns.items()
-                         if ours in names and theirs not in {*names} - {ours}}
+    idle = {*columns} - {theirs for names in headers.values() for name, (_, theirs) in names.items()
+                         if columns.get(theirs) == name}
     if len(pairs) != 1 or len(items) > 1 or wrong or idle:
         found = [f'{path.name} (columns {some(names)})' for path, names in headers.items()]
         found += [f'nothing to rename from {name}' for name in sorted(idle)]
@@ -440,7 +441,7 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     title, brand and categories of the Amazon sets, else as above.
     Returns interactions (csr U x I, float32 ones; with timestamps their order in time, from 1),
     texts [I], titles [I], ids of users [U] and items [I], and low (csr U x I): what these users
-    rated lower, which nobody should be recommended.
+    rated lower, which should not be recommended to them.
     """
     own, columns = dataset not in FOLDERS, columns or {}
     if own and not os.path.isdir(dataset):

@@ -78,7 +78,7 @@ def one_line(error):
 def progress(label, fraction, start):
     """One live line with the seconds left; silent if stderr is no terminal."""
     if sys.stderr.isatty():
-        left = (time.monotonic() - start) * (1 - fraction) / max(fraction, 1e-9)
+        left = (time.monotonic() - start) * (1 - fraction) / fraction
         end = '\n' if fraction >= 1 else '\r'
         print(f'{label}, {left:.0f} s left    ', end=end, file=sys.stderr, flush=True)
 
@@ -443,7 +443,7 @@ def run_mpnet(texts, folder, device, dtype):
         for rows in batches(lengths, CPU_TOKENS if kind == 'cpu' else GPU_TOKENS):
             groups = [torch.tensor([ids[n] for n in same], device=device)
                       for _, same in groupby(rows, lambda n: lengths[n])]
-            vectors[rows] = model(groups).float().cpu().numpy()
+            vectors[rows] = model(groups).cpu().numpy()
             done, tokens = done + len(rows), tokens + sum(lengths[n] for n in rows)
             progress(f'mpnet: {done:,} of {len(texts):,} texts', tokens / sum(lengths), start)
     return vectors
@@ -691,6 +691,8 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
     """
     texts, encoder = list(texts), str(encoder)
     path, cache = (Path(os.path.expanduser(name)) for name in (encoder, cache))
+    if ids is not None and len(ids) != len(texts):
+        raise ValueError(f'{len(ids)} ids for {len(texts)} texts')
     for n, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f'text {n} is a {type(text).__name__}; expected a string')

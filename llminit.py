@@ -47,7 +47,7 @@ def principal(vectors, K, whiten=0.):
         raise ValueError(f'the vectors span fewer than K = {K} dimensions: choose a smaller K')
     axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(K)])     # eigenvectors have no sign
     weight = std ** -whiten * np.linalg.norm(std) / np.linalg.norm(std ** (1 - whiten))
-    return (centred @ axes * weight).astype(vectors.dtype)
+    return (centred @ axes * weight).astype(np.result_type(vectors, np.float32))
 
 
 def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
@@ -63,7 +63,8 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     'noise'  no text: normal numbers of the vectors' root mean square, as a control: a gain with it
              comes from scale and pooling
 
-    The selections keep values as they are. ValueError for K > N or vectors that are not finite.
+    The selections keep values as they are. ValueError for vectors that are not finite, and for
+    K > N, but with 'full' and 'noise'.
     """
     I, N = vectors.shape
     if strategy not in SELECTIONS:
@@ -72,16 +73,15 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
         raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree')
     if not 1 <= K <= N and strategy not in ('full', 'noise'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose K from 1 to {N}')
-    if not np.isfinite(vectors).all():
-        bad = (~np.isfinite(vectors)).any(axis=1).sum()
+    if bad := (~np.isfinite(vectors)).any(axis=1).sum():
         raise ValueError(f'{bad} of {I} item vectors hold NaN or infinity')
     if strategy == 'full':
-        return vectors
+        return vectors.copy()
     if strategy == 'pca':
         return principal(vectors, K, whiten)
     if strategy == 'noise':
         scale = np.sqrt(np.square(vectors, dtype=np.float64).mean())
-        return rng.normal(0, scale, (I, K)).astype(vectors.dtype)
+        return rng.normal(0, scale, (I, K)).astype(np.result_type(vectors, np.float32))
     if strategy == 'uni':
         kept = np.arange(K) * (N // K)
     elif strategy == 'rand':
@@ -89,7 +89,8 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     else:
         counted = slice(None)
         if popular < 1:
-            counted = np.argsort(-degree, kind='stable')[:max(2, round(popular * I))]
+            order = np.argsort(-np.asarray(degree, float).ravel(), kind='stable')
+            counted = order[:max(2, round(popular * I))]
         variance = vectors[counted].var(axis=0, dtype=np.float64)        # (N,)
         kept = np.sort(np.argsort(-variance, kind='stable')[:K])         # of equals the first
     return vectors[:, kept]                                              # (I, K)
@@ -117,7 +118,9 @@ def joint(vectors, train, K, text=10., ridge=30.):
     sqrt(1 - 1/mu), zero for mu <= 1: the root of rank K of Id - M^-1, which is about the item-item
     matrix of EASE (arXiv 1905.03375) with the text as further users. No (I, I) matrix is made.
     """
-    weight = (train.getnnz(axis=0) + text + ridge) ** -.5                            # (I,) D^-1/2
+    vectors = vectors.astype(np.result_type(vectors, np.float32), copy=False)
+    degree = np.bincount(train.indices, minlength=len(vectors))                      # (I,) |N_i|
+    weight = (degree + text + ridge) ** -.5                                          # (I,) D^-1/2
     sizes = np.linalg.norm(vectors, axis=1)
     F = vectors * (text ** .5 * weight / np.where(sizes > 0, sizes, 1))[:, None]     # (I, N)
     X = sp.csr_matrix((weight[train.indices], train.indices, train.indptr), train.shape)

@@ -13,7 +13,7 @@ table E of embeddings over the layers of its propagation on the graph of interac
 
 users0 and items0, where E starts, are plain arrays. The path of a run:
 
-    adjacency -> Model(graph, users0, items0) -> loss(users, positives, negatives)
+    adjacency -> Model(graph, users0, items0) -> new_epoch(rng) -> loss(users, positives, negatives)
     train -> model.embeddings() -> evaluate, recommend
 
 Propagation is linear and A_hat is symmetric, so the backward pass is the same product. A batch
@@ -26,8 +26,8 @@ z is gathered once an epoch for evaluation.
 
 Not here: texts (embed.py), choosing dimensions (llminit.py), reading and splitting (data.py).
 Shapes: U users, I items, K dimensions, N text dimensions, B batch, L layers, R rows asked for,
-P pairs of user and item. Needs numpy, scipy, torch. MIT licence, from LLMInit's reference
-implementation.
+P pairs of user and item; a csr matrix holds each pair once. Needs numpy, scipy, torch. MIT licence,
+from LLMInit's reference implementation.
 """
 import atexit
 import contextlib
@@ -91,7 +91,7 @@ def in_turn():
         group = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1))
     if group and not first:
         send(dist.barrier, group)
-    with contextlib.redirect_stderr(sys.stderr if first else io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO() if group and not first else sys.stderr):
         yield
     if group and first:
         send(dist.barrier, group)
@@ -151,27 +151,12 @@ def adjacency(observed):
 
     LightGCN eq. (8). A node without interactions has an empty row.
     """
-    n_users, n_items = observed.shape
     by_user = np.maximum(np.diff(observed.indptr), 1) ** -.5                            # (U,)
-    by_item = np.maximum(np.bincount(observed.indices, minlength=n_items), 1) ** -.5    # (I,)
+    by_item = np.maximum(np.bincount(observed.indices, minlength=observed.shape[1]), 1) ** -.5
     data = np.repeat(by_user, np.diff(observed.indptr)) * by_item[observed.indices]
     upper = sp.csr_matrix((data.astype(np.float32), observed.indices, observed.indptr),
                           observed.shape)                                               # (U, I)
-    lower = upper.T.tocsr()                                                             # (I, U)
-    upper.indices = upper.indices + n_users
-    for half in (upper, lower):
-        half.resize(half.shape[0], n_users + n_items)
-    return sp.vstack([upper, lower], 'csr')
-
-
-def distinct(nodes, size):
-    """Sorted distinct nodes (M,), and a lookup (size,) from node to its index there; entries of
-    absent nodes mean nothing."""
-    there = np.zeros(size, bool)
-    there[nodes] = True
-    found, index = np.flatnonzero(there), np.empty(size, np.int32)
-    index[found] = np.arange(len(found), dtype=np.int32)
-    return found, index
+    return sp.bmat([[None, upper], [upper.T, None]], 'csr')
 
 
 def receptive_field(graphs, nodes):
@@ -183,7 +168,10 @@ def receptive_field(graphs, nodes):
     """
     field, needed = [], nodes
     for graph in reversed(graphs):
-        rows, index = distinct(needed, graph.shape[0])
+        there = np.zeros(graph.shape[0], bool)
+        there[needed] = True
+        rows, index = np.flatnonzero(there), np.empty(len(there), np.int32)    # node -> its row
+        index[rows] = np.arange(len(rows), dtype=np.int32)
         if field:                                          # the layer above reads these rows
             above = field[-1][1]
             above.indices = index[above.indices]
@@ -240,7 +228,6 @@ class PropagateAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, rows, field):
         ctx.rows, ctx.field, ctx.size = rows, field, len(table)
-        ctx.set_materialize_grads(False)               # an unused output costs nothing
         x = table.detach()
         start = x.index_select(0, rows)                                                 # (R, K)
         total = start.clone()
@@ -251,23 +238,19 @@ class PropagateAt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_z, grad_start):                                    # (R, K), (R, K)
-        if grad_z is None:
-            grad_z = torch.zeros_like(grad_start)
         share = grad_z / (len(ctx.field) + 1)
         height = ctx.field[-1][1].shape[0] if ctx.field else ctx.size
         grad = share.new_zeros(height, share.shape[1])                                  # (M_L, K)
         for at, block in reversed(ctx.field):
             grad = spmm(block.tocsc(), grad.index_add_(0, at, share))                # (M_{l-1}, K)
-        last = share if grad_start is None else share + grad_start
-        return grad.index_add_(0, ctx.rows, last), None, None
+        return grad.index_add_(0, ctx.rows, share + grad_start), None, None
 
 
 def on_device(graph, device):
     """A csr graph in the form that the device multiplies: itself on a CPU, else a CSR tensor."""
     if torch.device(device).type == 'cpu':
         return graph
-    with warnings.catch_warnings():                        # torch calls its CSR layout a beta
-        warnings.simplefilter('ignore')
+    with warnings.catch_warnings(action='ignore'):         # torch calls its CSR layout a beta
         parts = map(torch.from_numpy, (graph.indptr, graph.indices, graph.data))
         return torch.sparse_csr_tensor(*parts, graph.shape).to(device)
 
@@ -400,7 +383,9 @@ class SGL(LightGCN):
 
     def __init__(self, graph, users0, items0, n_layers=2, device='cpu', views='edge', tau=.2):
         super().__init__(graph, users0, items0, n_layers, device)
-        self.observed, self.kind, self.device = graph[:len(users0), len(users0):], views, device
+        if views not in ('edge', 'node', 'walk'):
+            raise ValueError(f'views {views!r}: expected edge, node or walk')
+        self.observed, self.kind = graph[:len(users0), len(users0):], views
         self.tau = tau                                     # .2 [authors' code]
 
     def view(self, rng):
@@ -415,7 +400,7 @@ class SGL(LightGCN):
             kept = rng.permutation(len(rows)) < int(len(rows) * (1 - self.drop))
         indptr = np.append(0, np.cumsum(kept))[observed.indptr]
         left = np.ones(indptr[-1], np.float32), items[kept], indptr
-        return on_device(adjacency(sp.csr_matrix(left, observed.shape)), self.device)
+        return on_device(adjacency(sp.csr_matrix(left, observed.shape)), self.table.device)
 
     def new_epoch(self, rng):
         layers = len(self.graphs)
@@ -468,7 +453,7 @@ class MoRec(LightGCN):
 
     by_columns = False                 # but of the projection each process holds its columns
 
-    def __init__(self, graph, users0, items0, n_layers=0, device='cpu', dim=128, rng=None):
+    def __init__(self, graph, users0, items0, device='cpu', dim=128, rng=None):
         super().__init__(graph, users0, items0, 0, device)
         self.table.requires_grad_(False)                                                # (U+I, N)
         N, self.K = users0.shape[1], dim
@@ -477,8 +462,7 @@ class MoRec(LightGCN):
         self.projection = torch.nn.Parameter(torch.from_numpy(draw).to(device))
 
     def everywhere(self, graphs):
-        z = self.table @ self.projection                                                # (U+I, K)
-        return z, z
+        return self.at(slice(None), graphs)                                             # (U+I, K)
 
     def at(self, nodes, graphs):
         z = self.table[nodes] @ self.projection                                         # (R, K)
@@ -497,13 +481,14 @@ def outranked(users, items, pair_user, pair_item, need):
     """
     sizes, K = torch.linalg.vector_norm(items, dim=1), items.shape[1]                   # (I,)
     head = items[sizes.topk(len(items) // 8).indices].T                                 # (K, I/8)
-    rounding = torch.linalg.vector_norm(users, dim=1) * sizes.max() * (K * 2. ** -23)   # (U,)
+    rounding = torch.linalg.vector_norm(users, dim=1) * sizes.max() * K                 # (U,)
+    rounding *= torch.finfo(users.dtype).eps
     out, step = np.empty(len(need), bool), max(1, 2 ** 20 // max(head.shape[1], K))
     for start in range(0, len(need), step):
         part = slice(start, start + step)
         u, i = users[pair_user[part]], items[pair_item[part]]                           # (C, K)
         bar = (u * i).sum(1) + rounding[pair_user[part]]                                # (C,)
-        higher = torch.mm(u, head).gt_(bar[:, None]).sum(1)                             # (C,)
+        higher = torch.mm(u, head).gt_(bar[:, None]).sum(1, dtype=torch.float32)        # (C,)
         out[part] = higher.cpu().numpy() >= need[part]
     return out
 
@@ -519,7 +504,7 @@ def ranks_in(scores, target, taken=None):
     if taken is not None:
         scores[np.repeat(row, np.diff(taken.indptr)), taken.indices] = -torch.inf
         scores[row, target] = own
-    below = scores.lt_(own[:, None]).sum(1)                # in place, 0. or 1.: exact to 2^24 items
+    below = scores.lt_(own[:, None]).sum(1, dtype=torch.float32)     # in place; exact to 2^24 items
     return scores.shape[1] - 1 - below.cpu().numpy().astype(np.int64)
 
 
@@ -567,7 +552,8 @@ def evaluate(users, items, target, seen=None, k=10):
 
 @torch.no_grad()
 def recommend(users, items, seen, n=10):
-    """The n best items of each user: (U, K), (I, K) tensors, csr (U, I) -> (U, n) int64, (U, n).
+    """The n best items of each user, all if there are fewer: (U, K), (I, K) tensors, csr (U, I) ->
+    (U, n) int64, (U, n) float32.
 
     Items in `seen` are not recommended. A row with fewer than n items left ends in item -1. Equal
     scores are in no particular order.
@@ -576,7 +562,7 @@ def recommend(users, items, seen, n=10):
     picked, scores = np.empty((len(users), n), np.int64), np.empty((len(users), n), np.float32)
     for start in range(0, len(users), step):
         rows = slice(start, start + step)
-        known, score = seen[rows], users[rows] @ items.T                                # (C, I)
+        known, score = seen[rows], (users[rows] @ items.T).float()                      # (C, I)
         score[np.repeat(np.arange(len(score)), np.diff(known.indptr)), known.indices] = -torch.inf
         best, item = (part.cpu().numpy() for part in score.topk(n))
         scores[rows], picked[rows] = best, np.where(best == -np.inf, -1, item)
@@ -608,7 +594,7 @@ def train_epoch(model, step, observed, batch, rng):
     users, positives = (a.astype(np.int64) for a in observed.nonzero())
     can = np.diff(observed.indptr)[users] < observed.shape[1]          # is there any negative?
     if not can.any():
-        raise ValueError('no user lacks any item: there is nothing to rank')
+        raise ValueError('no user has an item and lacks another: there is nothing to rank')
     order = rng.permutation(np.flatnonzero(can))
     users, positives = users[order], positives[order]
     triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, E)
@@ -627,7 +613,7 @@ def optimiser(model, lr):
 
     def step(part):
         adam.zero_grad()
-        loss = model.loss(part[0], part[1], part[2])
+        loss = model.loss(*part)
         loss.backward()
         adam.step()
         return loss.detach()
@@ -670,7 +656,7 @@ def on_busy_cores(step, batch):
 def early_stopping(model, epoch, valid, seen, epochs, patience, log):
     """Call epoch() -> loss and rank valid by model.embeddings(), until `patience` epochs in a row
     gave no better NDCG@10. Leaves the model as it was at its best epoch -> curve, see train()."""
-    best, best_epoch, curve = -1., 0, []
+    best, best_epoch, kept, curve = -1., 0, model.state_dict(), []
     for number in range(1, epochs + 1):
         start, loss = time.perf_counter(), epoch()
         if not np.isfinite(loss):
@@ -699,13 +685,12 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     """Train a model -> the model at its best epoch by validation NDCG@10, curve.
 
     name: a key of MODELS; observed, valid: csr (U, I); users0 (U, K), items0 (I, K): the start;
-    rng: numpy Generator; settings: arguments of the model. mask_seen ranks no training items in
-    validation; without it they stay in the ranking [authors' code]. At most 300 epochs, batch 256,
-    Adam with learning rate 1e-3, stop after 10 epochs without a better validation [authors' code].
-    log: called with a line for each epoch. curve: a dict for each epoch with epoch, loss, recall,
-    ndcg, seconds, and best: was it the best so far? Only users with validation items are ranked, so
-    valid may hold a sample of them; without any the last epoch is the best. ValueError if training
-    diverges.
+    rng: numpy Generator; lr: of Adam; patience: epochs without a better validation before it stops;
+    settings: arguments of the model; the defaults are the [authors' code]'s, but for mask_seen,
+    which ranks no training items in validation. log: called with a line for each epoch. curve: a
+    dict for each epoch with epoch, loss, recall, ndcg, seconds, and best: was it the best so far?
+    Only users with validation items are ranked, so valid may hold a sample of them; without any the
+    last epoch is the best. ValueError if training diverges.
     """
     if name not in MODELS:
         raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')

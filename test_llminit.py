@@ -334,6 +334,24 @@ class TestSelection:
         train.data[:] = 5                                              # ratings count as ones
         assert (found == llminit.joint(vectors, train, 9)).all()
 
+    def test_integers_and_float16_are_as_good_as_float32(self):
+        vectors, train = np.arange(120).reshape(12, 10) * 37 % 101, random_graph(20, 12, .3)
+        degree = np.arange(12)[::-1] % 5
+
+        def of(dtype, degree):
+            some = vectors.astype(dtype)
+            found = [llminit.select_dims(some, 3, strategy, np.random.default_rng(0))
+                     for strategy in ('var', 'pca', 'noise', 'full')]
+            return *found, llminit.joint(some, train, 3), llminit.select_dims(
+                some, 3, popular=.3, degree=degree)
+        for dtype, other in (('u1', degree.astype('u1')), ('i8', list(degree)), ('f2', degree)):
+            for one, other in zip(of(dtype, other), of('f4', degree[None])):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+    def test_full_leaves_the_vectors_to_the_caller(self):
+        vectors = np.ones((3, 2), np.float32)
+        assert not np.shares_memory(llminit.select_dims(vectors, 2, 'full'), vectors)
+
     @pytest.mark.parametrize('K, strategy, more, message', [
         (0, 'var', {}, 'cannot keep 0 of 10'), (3, 'rand', {}, 'noise need rng'),
         (3, 'best', {}, "strategy 'best': expected one of rand"), (3, 'none', {}, 'one of rand'),
@@ -663,6 +681,20 @@ class TestEvaluation:
             assert ((short == exact) | (exact >= 10) & (short == 300)).all()
             assert (short == 300).sum() > 50 and (short < 10).any()
 
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_every_precision_counts_right(self, dtype):
+        rng = np.random.default_rng(0)                                 # small integers: exact
+        users, items = (torch.from_numpy(rng.integers(-2, 3, (n, 3))) for n in (60, 5000))
+        target = rng.integers(0, 5000, 60)
+        scores = (users @ items.T).numpy()
+        expected = (scores >= scores[range(60), target][:, None]).sum(1) - 1
+        target = sp.csr_matrix((np.ones(60), (range(60), target)), (60, 5000))
+        users, items = users.to(dtype), items.to(dtype)
+        assert (models.target_ranks(users, items, target) == expected).all()
+        _, ndcg = models.evaluate(users, items, target, k=2000)
+        assert (ndcg == np.where(expected < 2000, 1 / np.log2(2 + expected), 0)).all()
+        assert (models.recommend(users, items, target, 2)[1][:, 0] >= scores.max(1) - 1).all()
+
     def test_recommend_is_a_sorted_list_of_unseen_items(self):
         rng = np.random.default_rng(0)
         users, items = (torch.from_numpy(rng.standard_normal((n, 4))) for n in (30, 12))
@@ -707,6 +739,8 @@ class TestTraining:
         full = sp.csr_matrix(ones((2, 3)))
         fails('nothing to rank', models.train, 'bpr', full, none, *start)
         fails("'gcn': expected one of lightgcn", models.train, 'gcn', observed, none, *start)
+        fails("'nodes': expected edge", models.train, 'sgl', observed, none, *start, views='nodes')
+        assert models.train('bpr', observed, none, *start, epochs=0)[1] == []
         far = ones((2, 2)) * 1e30, ones((3, 2)) * 1e30, rng
         fails('diverged in epoch 1', models.train, 'bpr', observed, none, *far)
         unsorted = sp.csr_matrix((ones(3), [4, 0, 2], [0, 3]), (1, 6))
@@ -872,10 +906,12 @@ class TestProcesses:
         assert codes == (2, None, 2) and time.monotonic() - start < 60
         assert all('error: another process has ended' in outs[rank] for rank in (0, 2))
 
-    @pytest.mark.parametrize('name', ['RANK', 'LOCAL_RANK', 'WORLD_SIZE'])
-    def test_an_empty_variable_is_none(self, own, tmp_path, monkeypatch, capsys, name):
-        monkeypatch.setenv(name, '')
-        assert main_on(own) == 0
+    @pytest.mark.parametrize('name, value', [('RANK', ''), ('LOCAL_RANK', ''), ('WORLD_SIZE', ''),
+                                             ('LOCAL_RANK', '1')])
+    def test_alone_variables_of_torchrun_mean_nothing(self, own, tmp_path, monkeypatch, capsys,
+                                                      name, value):
+        monkeypatch.setenv(name, value)
+        assert main_on(own) == 0 and 'note: ' in capsys.readouterr().err
         assert main_on(tmp_path) == 2 and len(capsys.readouterr().err.splitlines()) < 5
 
 
@@ -937,19 +973,23 @@ CASES = [
     ('a name that is taken', '@,rating,score / a,1,5,1', I,
      'error: ; nothing to rename from score;',
      {'columns': {'score': 'rating', 'item_id': 'item_id'}}),
+    ('a misspelt name', '@,rating,score / a,1,5,1', I, 'error: ; nothing to rename from socre;',
+     {'columns': {'socre': 'rating'}}),
     ('two columns of one name', '@ / a,1', 'item_id,tag,tag / 1,x,y',
-     'error: several columns are tag'),
+     'error: each once; found tag twice'),
     ('a name beside its variants', 'id,user_id,User ID,item_id / 7,a,b,1', 'id,title / 1,tea',
      'a1 | tea |', {'columns': {'id': 'item_id'}}),
     ('no header', '1::1::5 / 2::1::4', '1,tea',
      'error: expected one file with user_id and item_id.*r.csv .columns 1::1::5'),
+    ('no header and equal cells', '1,1 / 2,2', I, 'error: the first line must name the columns'),
     ('blanks between columns', {'r.txt': 'user_id item_id / a 1'}, I,
      'error: .*r.txt .columns user_id item_id'),
     ('JSON lines', {'r.txt': '{"user_id": 1, "item_id": 2}'}, I,
      'error: .*not read: r.txt: .* in the file that begins .{"user_id'),
     ('endings that are not read', {'r.json.gz': '{}', 'a.xlsx': '?', 'u.data': '1'}, {},
      'error: .*not read: a.xlsx, r.json.gz, u.data'),
-    ('a further file', {'r.csv': '@ / a,1', 'notes.txt': 'see / me', 'x.json': '{}'}, I,
+    ('a further file', {'r.csv': '@ / a,1', 'notes.txt': 'see / me', 'x.json': '{}',
+                        '._r.csv': b'\xff'}, I,
      'a1 | tea | not read: notes.txt, x.json'),
     ('interactions alone', '@ / a,1 / b,2', {},
      'a1 b2 | ,  | texts from nothing; 2 items without text'),
@@ -1669,6 +1709,7 @@ class TestFiles:
             fails('holds', self.encode, path, damage)
         path.write_bytes(good)
         fails('such as .no ids were given', embed.encode, ['a'], path)
+        fails('1 ids for 2 texts', embed.encode, ['a', 'b'], path, ids=['7'])
 
 
 KEY = 'sk-Quite/Secret+1'
