@@ -28,7 +28,6 @@ What is dropped of such a folder is counted on stderr. Not here: ratings as weig
 U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
 LLMInit's reference implementation.
 """
-import contextlib
 import csv
 import gzip
 import hashlib
@@ -99,8 +98,7 @@ def download(url, path, sha256=None, size=None):
     again = Patience(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
-            for scheme in ('http://', 'https://'):
-                session.mount(scheme, HTTPAdapter(max_retries=again))
+            session.adapters = {'http': HTTPAdapter(max_retries=again)}       # and https
             for left in (4, 3, 2, 1, 0):
                 at = file.tell()
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
@@ -127,8 +125,7 @@ def download(url, path, sha256=None, size=None):
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def fetch(dataset, scratch):

@@ -97,8 +97,7 @@ def download(url, path, sha256=None, size=None):
     again = Patience(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
-            for scheme in ('http://', 'https://'):
-                session.mount(scheme, HTTPAdapter(max_retries=again))
+            session.adapters = {'http': HTTPAdapter(max_retries=again)}       # and https
             for left in (4, 3, 2, 1, 0):
                 at = file.tell()
                 headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
@@ -125,8 +124,7 @@ def download(url, path, sha256=None, size=None):
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def sha256_of(path):
