@@ -233,37 +233,32 @@ class Tokenizer:
     def __init__(self, vocab):
         """vocab: list of tokens in the order of their ids."""
         self.ids = {token: n for n, token in enumerate(vocab)}
-        missing = {*SPECIALS, '<unk>'} - set(vocab)
-        if missing:
+        if missing := {*SPECIALS, '<unk>'}.difference(vocab):
             raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
-        self.longest = max(map(len, vocab))
-        self.known = {}                              # word -> its ids: titles share most words
+        self.pieces = functools.cache(self.pieces)   # titles share most words
 
     def pieces(self, word):
         """Ids of one word, longest match first; [UNK] for all of it if a part has no token."""
-        out, start, end = [], 0, min(len(word), self.longest)
+        out, start, end = [], 0, len(word)
         while start < end and len(word) <= 100:      # [authors' code: longer words are unknown]
             token = self.ids.get(('##' if start else '') + word[start:end])
             if token is None:
                 end -= 1
             else:
                 out.append(token)
-                start, end = end, min(len(word), end + self.longest)
+                start, end = end, len(word)
         return out if start == len(word) else [self.ids['[UNK]']]
 
     def __call__(self, text):
         """Ids of a text between <s> and </s>, all of them."""
-        words = ['<s>']
-        for part in re.split(f'({"|".join(map(re.escape, SPECIALS))})', text):
+        words = []
+        for part in re.split(f'({"|".join(map(re.escape, SPECIALS))})', f'<s>{text}</s>'):
             if part not in SPECIALS:
                 part = unicodedata.normalize('NFD', ''.join(map(clean_char, part)))
                 part = ''.join(map(fold_char, part))
                 part = part.replace(' < unk > ', ' <unk> ')    # this special in any case: <UNK>
             words += part.split()
-        words.append('</s>')
-        for word in {*words}.difference(self.known):
-            self.known[word] = self.pieces(word)
-        return [token for word in words for token in self.known[word]]
+        return [token for word in words for token in self.pieces(word)]
 
 
 def position_buckets(n_tokens, n_buckets):
