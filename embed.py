@@ -458,17 +458,15 @@ def cached(texts, cache, name, settings, compute):
             return np.load(io.BytesIO(data), allow_pickle=False)
     try:                       # before the long work: a disk that cannot be written shows now
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = tempfile.NamedTemporaryFile(dir=path.parent, suffix='.part', delete=False)
+        scratch = tempfile.TemporaryDirectory(dir=path.parent, suffix='.part')
     except OSError as error:
         raise OSError(f'cannot write the cache ({error}); choose another folder') from None
-    try:
-        with part:
+    with scratch:
+        with open(Path(scratch.name, path.name), 'w+b') as part:
             np.save(part, vectors := compute(texts))
             part.seek(0)
             part.write(hashlib.file_digest(part, 'sha256').digest())
         os.replace(part.name, path)
-    finally:
-        Path(part.name).unlink(missing_ok=True)
     return vectors
 
 
