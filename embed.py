@@ -562,8 +562,7 @@ def from_file(path, n_items, ids):
     if names is not None:
         row = {name: n for n, name in enumerate(names)}
         ids = ['(no ids were given)'] if ids is None else list(map(str, ids))
-        missing = [name for name in ids if name not in row]
-        if missing:
+        if missing := [name for name in ids if name not in row]:
             raise ValueError(one_line(f'{path} lacks {len(missing)} of {n_items} items, such as '
                                       f'{", ".join(missing[:3])}; it holds {", ".join(names[:3])}'))
         vectors = vectors[[row[name] for name in ids]]
@@ -618,11 +617,9 @@ def read_answer(rows, n_texts):
     """(B, N) float32 of an embeddings answer: rows by their index, or as they come if none has one.
     ValueError if they are no numbers, or zero."""
     places = [row.get('index') or 0 for row in rows]       # some servers leave out the 0
-    if any(places):
-        if sorted(places) != list(range(n_texts)):
-            raise ValueError(f'indices {places}')
-        rows = [rows[n] for n in np.argsort(places)]
-    vectors = [row['embedding'] for row in rows]
+    if any(places) and sorted(places) != list(range(n_texts)):
+        raise ValueError(f'indices {places}')
+    vectors = [rows[n]['embedding'] for n in np.argsort(places, kind='stable')]
     if all(isinstance(vector, str) for vector in vectors):
         vectors = [np.frombuffer(base64.b64decode(vector), '<f4') for vector in vectors]
     vectors = np.array(vectors, float)
