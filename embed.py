@@ -500,9 +500,8 @@ def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compar
         raise ValueError('tfidf: no text has a word in it; expected words to count')
     table = sp.csr_matrix((np.ones(len(columns)), columns, ends), (len(texts), len(vocab)))
     table.sum_duplicates()                                                # (I, V) counts
-    found = np.bincount(table.indices, minlength=table.shape[1])          # texts with the word
     table.data = 1 + np.log(table.data)
-    table = table @ sp.diags(1 + np.log((1 + len(texts)) / (1 + found)))
+    table = table @ sp.diags(1 + np.log((1 + len(texts)) / (1 + table.getnnz(axis=0))))
     norms = sp.linalg.norm(table, axis=1)                                 # (I,)
     table = sp.diags(1 / np.maximum(norms, 1e-12)) @ table
     n_dims = min(n_dims, *table.shape)
