@@ -307,15 +307,13 @@ def read_interactions(path, min_rating, columns, timestamps):
     items, item_ids = clean_ids(*table['item_id'], path)
     rows = (users >= 0) & (items >= 0)
     lost['without an id'] = (~rows).sum()
-    positive = np.ones(len(users), bool)
-    if rated := table.get('rating') or table.get('label'):
-        codes, texts = rated
-        ratings = np.array([to_number(text) for text in texts])[codes]
-        lost['with a rating that is no number'] = (rows & (ratings == -np.inf)).sum()
-        rows &= ratings != -np.inf
-        label = set(ratings[rows & ~np.isnan(ratings)]) <= {0., 1.}
-        positive = ~(ratings < (1 if label else min_rating))     # NaN, a missing one, is positive
-        lost['labelled 0' if label else f'rated below {min_rating:g}'] = (rows & ~positive).sum()
+    codes, texts = table.get('rating') or table.get('label') or (0 * users, [''])    # all missing
+    ratings = np.array([to_number(text) for text in texts])[codes]
+    lost['with a rating that is no number'] = (rows & (ratings == -np.inf)).sum()
+    rows &= ratings != -np.inf
+    label = set(ratings[rows & ~np.isnan(ratings)]) <= {0., 1.}
+    positive = ~(ratings < (1 if label else min_rating))         # NaN, a missing one, is positive
+    lost['labelled 0' if label else f'rated below {min_rating:g}'] = (rows & ~positive).sum()
     if timestamps:
         codes, texts = table['timestamp']
         times = np.array([to_number(text) for text in texts])
