@@ -180,8 +180,7 @@ def dataset_files(dataset, folder):
                 unpack(archive, Path(scratch, path.name))
             home.mkdir(exist_ok=True)
             for path in missing:
-                if not path.is_file():
-                    Path(scratch, path.name).replace(path)
+                Path(scratch, path.name).replace(path)
     except (OSError, ValueError) as error:
         raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand '
                       '(experiments/amazon2014.py makes them from the raw files)') from None
@@ -349,8 +348,7 @@ def read_items(path, text_columns, columns):
     if text_columns is not None:
         taken = []
         for asked in text_columns:
-            same = ([name for name in table if name == asked] or
-                    [name for name in table if plain(name) == plain(asked)])
+            same = [asked] if asked in table else [n for n in table if plain(n) == plain(asked)]
             if len(same) != 1:
                 raise ValueError(f'{path}: no column {some([asked])}; found {some(table)}')
             taken += same
@@ -373,16 +371,15 @@ def read_items(path, text_columns, columns):
 def own_files(folder, columns):
     """The interaction file, and the item file or None, of a folder, found by their columns."""
     headers, others = {}, []
-    for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and re.search(r'^[^.].*\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name,
-                                         re.I):
+    for path in sorted(path for path in Path(folder).iterdir() if path.name[0] != '.'):
+        if path.is_file() and re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.I):
             try:
                 headers[path] = next(read_rows(path, columns, []))
             except ValueError as error:
                 if path.suffix.lower() != '.txt':          # a .txt may be anything
                     raise
                 others.append(path.name + str(error).removeprefix(str(path)))
-        elif not path.name.startswith('.'):
+        else:
             others.append(path.name)
     pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
