@@ -169,8 +169,7 @@ def dataset_files(dataset, folder):
     name = FOLDERS[dataset]
     home = Path(folder, name)
     paths = [home / f'{name}.inter', home / f'{name}.item']
-    missing = [path for path in paths if not path.is_file()]
-    if not missing:
+    if not (missing := [path for path in paths if not path.is_file()]):
         return paths
     try:
         os.makedirs(folder, exist_ok=True)

@@ -514,9 +514,8 @@ def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compar
 
 def read_vectors(path):
     """ids [n] or None, and vectors (n, N), of a .npy, an .npz, or RecBole's .itememb."""
-    ids = None
     if path.suffix == '.npy':
-        vectors = np.load(path, allow_pickle=False)
+        ids, vectors = None, np.load(path, allow_pickle=False)
     elif path.suffix == '.npz':
         with np.load(path, allow_pickle=False) as file:
             if not {'ids', 'vectors'} <= {*file}:
