@@ -176,9 +176,7 @@ SAVED = 'users.npy', 'items.npy', 'run.json', 'recommendations.tsv'
 def check_folder(folder):
     """Make the folder to save to. OSError or ValueError if a run cannot be put there."""
     os.makedirs(folder, exist_ok=True)
-    others = [name for name in os.listdir(folder)
-              if name not in SAVED and not name.startswith('.part-')]
-    if others:
+    if others := [name for name in os.listdir(folder) if name not in SAVED and name[0] != '.']:
         raise ValueError(f'{folder} holds other files, such as {others[0]}: choose another --save')
     os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=folder))
 
