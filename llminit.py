@@ -288,12 +288,10 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.strategy == 'full' and args.model != 'morec' and args.dim:
         p.error('--strategy full keeps all dimensions: leave out --dim')
+    preset = PAPER if args.preset == 'paper' else OURS.get(args.model, OURS[None])
+    args = p.parse_args(argv, argparse.Namespace(dim=128, **preset))     # the flags win
     if args.model == 'morec' and args.strategy not in ('none', 'noise'):
         args.strategy = 'full'                     # it learns a projection of all N dimensions
-    preset = PAPER if args.preset == 'paper' else OURS.get(args.model, OURS[None])
-    for name, value in {'dim': 128, **preset}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     return args
 
 
