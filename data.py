@@ -321,8 +321,7 @@ def read_interactions(path, min_rating, columns, timestamps):
             except ValueError as error:
                 raise ValueError(f'{path}: timestamps are numbers or ISO dates: {some([error])}'
                                  ) from None
-            times = np.array([date.replace(tzinfo=date.tzinfo or UTC).timestamp()
-                              for date in dates])
+            times = np.array([day.replace(tzinfo=day.tzinfo or UTC).timestamp() for day in dates])
         times = np.nan_to_num(times, nan=-np.inf)[codes][rows]           # a missing one is oldest
         rows = np.flatnonzero(rows)[np.argsort(times, kind='stable')]
     return users[rows], items[rows], positive[rows], user_ids, item_ids, lost
@@ -411,13 +410,13 @@ def to_csr(users, items, shape, ordered=False):
 
 
 def k_core(pairs, core):
-    """Rows and columns of csr (U, I) that stay if users and items with fewer than `core` entries,
-    or with none, go again and again until nothing goes."""
+    """The users and the items of csr (U, I) that stay if those with fewer than `core` entries, or
+    with none, go again and again until nothing goes; and the csr of these."""
     users, items = map(np.arange, pairs.shape)
     while True:
         u, i = (pairs.getnnz(axis=axis) >= max(core, 1) for axis in (1, 0))
         if u.all() and i.all():
-            return users, items
+            return users, items, pairs
         pairs, users, items = pairs[u][:, i], users[u], items[i]
 
 
@@ -457,8 +456,7 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
                          f'{some(item_ids, 3)}, there {some(ids, 3)}')
     known, low = there & positive, there & ~positive
     pairs = to_csr(users[known], items[known], shape, ordered=timestamps)
-    rows, kept = k_core(pairs, core)
-    interactions = pairs[rows][:, kept]                                  # U x I
+    rows, kept, interactions = k_core(pairs, core)                       # U x I
     lower = to_csr(users[low], items[low], shape)[rows][:, kept]         # U x I
     texts, titles, ids = ([column[n] for n in kept] for column in (texts, titles, ids))
     lost |= {'of items that the item file lacks': (positive & ~there).sum(),

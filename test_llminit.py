@@ -1147,7 +1147,7 @@ class TestSplit:
     @settings(max_examples=150, deadline=None)
     @given(pairs_of, st.integers(0, 5))
     def test_k_core_is_a_naive_loop(self, pairs, core):
-        rows, columns = data.k_core(matrix_of(pairs), core)
+        rows, columns, _ = data.k_core(matrix_of(pairs), core)
         left, before = pairs, None
         while left != before:
             users, items = [u for u, _ in left], [i for _, i in left]
