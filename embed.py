@@ -37,7 +37,6 @@ from urllib.parse import quote
 import numpy as np
 import requests
 import scipy.sparse as sp
-import scipy.sparse.linalg
 import torch
 from requests.adapters import HTTPAdapter, Retry
 from torch import nn
@@ -493,7 +492,7 @@ def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compar
     table.sum_duplicates()                                                # (I, V) counts
     table.data = 1 + np.log(table.data)
     table = table @ sp.diags(1 + np.log((1 + len(texts)) / (1 + table.getnnz(axis=0))))
-    norms = sp.linalg.norm(table, axis=1)                                 # (I,)
+    norms = np.sqrt(table.power(2).sum(axis=1)).A1                        # (I,)
     table = sp.diags(1 / np.maximum(norms, 1e-12)) @ table
     n_dims = min(n_dims, *table.shape)
     width = min(n_dims + 32, *table.shape)           # a margin makes the last dimensions right

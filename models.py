@@ -154,8 +154,7 @@ def adjacency(observed):
     by_user = np.maximum(np.diff(observed.indptr), 1) ** -.5                            # (U,)
     by_item = np.maximum(np.bincount(observed.indices, minlength=observed.shape[1]), 1) ** -.5
     data = np.repeat(by_user, np.diff(observed.indptr)) * by_item[observed.indices]
-    upper = sp.csr_matrix((data.astype(np.float32), observed.indices, observed.indptr),
-                          observed.shape)                                               # (U, I)
+    upper = sp.csr_matrix((data, observed.indices, observed.indptr), observed.shape, np.float32)
     return sp.bmat([[None, upper], [upper.T, None]], 'csr')
 
 
