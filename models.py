@@ -259,11 +259,6 @@ def dot(a, b):
     return together((a * b).sum(1))[0]
 
 
-def length(x):
-    """Lengths of rows, (B, K) -> (B, 1), at least 1e-4, which bounds the gradient of a zero row."""
-    return dot(x, x).clamp_min(1e-8).sqrt()[:, None]
-
-
 class InfoNCE(torch.autograd.Function):
     """sum_b -w_b log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ), SGL eq. (10) -> scalar.
 
@@ -275,7 +270,8 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, keys, own, weight, tau):
-        lengths = [length(x) for x in (queries, keys)]
+        # at least 1e-4, which bounds the gradient of a zero row: (B, 1) and (M, 1)
+        lengths = [dot(x, x).clamp_min(1e-8).sqrt()[:, None] for x in (queries, keys)]
         q, k, weight = queries / lengths[0], keys / lengths[1], weight[:, None]
         grad_q, grad_k, loss = torch.empty_like(q), torch.zeros_like(k), 0.
         step = max(1, 2 ** 21 // len(k))
