@@ -254,11 +254,6 @@ def on_device(graph, device):
         return torch.sparse_csr_tensor(*parts, graph.shape).to(device)
 
 
-def dot(a, b):
-    """Row-wise dot products: (B, K), (B, K) -> (B,)."""
-    return together((a * b).sum(1))[0]
-
-
 class InfoNCE(torch.autograd.Function):
     """sum_b -w_b log( exp(q_b.k_own(b)/tau) / sum_m exp(q_b.k_m/tau) ), SGL eq. (10) -> scalar.
 
@@ -270,8 +265,9 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, keys, own, weight, tau):
-        # at least 1e-4, which bounds the gradient of a zero row: (B, 1) and (M, 1)
-        lengths = [dot(x, x).clamp_min(1e-8).sqrt()[:, None] for x in (queries, keys)]
+        squares = together(*((x * x).sum(1, keepdim=True) for x in (queries, keys)))
+        # of at least 1e-4, which bounds the gradient of a zero row: (B, 1), (M, 1)
+        lengths = [square.clamp_min(1e-8).sqrt() for square in squares]
         q, k, weight = queries / lengths[0], keys / lengths[1], weight[:, None]
         grad_q, grad_k, loss = torch.empty_like(q), torch.zeros_like(k), 0.
         step = max(1, 2 ** 21 // len(k))
@@ -291,7 +287,8 @@ class InfoNCE(torch.autograd.Function):
         grad_q.sub_(weight * k[own])
         grad_k.index_add_(0, own, weight * q, alpha=-1)
         for x, g, size in ((q, grad_q, lengths[0]), (k, grad_k, lengths[1])):
-            g.addcmul_(x, dot(x, g)[:, None], value=-1).div_(size * tau)               # of x / |x|
+            along, = together((x * g).sum(1, keepdim=True))
+            g.addcmul_(x, along, value=-1).div_(size * tau)                            # of x / |x|
         ctx.save_for_backward(grad_q, grad_k)
         return loss
 
