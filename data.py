@@ -84,18 +84,12 @@ def counted(lost, mark=','):
     return ''.join(f'{mark} {n:,} {why}' for why, n in lost.items() if n)
 
 
-class Patience(Retry):
-    """Ask again after broken connections, 429 and 5xx; wait a minute at most."""
-
-    def get_retry_after(self, response):
-        return min(super().get_retry_after(response) or 0, 60)
-
-
 def download(url, path, sha256=None, size=None):
     """Fetch url to path: streamed to a temporary name, checked, renamed. OSError and no file else.
     A body that breaks off is continued with Range, four times at most."""
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
-    again = Patience(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+    again = Retry(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+    again.retry_after_max = 60                             # seconds; older urllib3 obey the server
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
             session.adapters = {'http': HTTPAdapter(max_retries=again)}       # and https

@@ -82,18 +82,12 @@ def progress(label, fraction, start):
         print(f'{label}, {left:.0f} s left    ', end=end, file=sys.stderr, flush=True)
 
 
-class Patience(Retry):
-    """Ask again after broken connections, 429 and 5xx; wait a minute at most."""
-
-    def get_retry_after(self, response):
-        return min(super().get_retry_after(response) or 0, 60)
-
-
 def download(url, path, sha256=None, size=None):
     """Fetch url to path: streamed to a temporary name, checked, renamed. OSError and no file else.
     A body that breaks off is continued with Range, four times at most."""
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
-    again = Patience(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+    again = Retry(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
+    again.retry_after_max = 60                             # seconds; older urllib3 obey the server
     try:
         with requests.Session() as session, open(part, 'w+b') as file:
             session.adapters = {'http': HTTPAdapter(max_retries=again)}       # and https
@@ -573,8 +567,9 @@ def post(path, body, field):
     """The endpoint's JSON answer to body, a dict with this field, and the number of `retries`
     after broken connections, 429 and 5xx. OSError with the server's words and .status, or None."""
     (base, key), status = endpoint(), None
-    again = Patience(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
-                     allowed_methods=None, raise_on_status=False)
+    again = Retry(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
+                  allowed_methods=None, raise_on_status=False)
+    again.retry_after_max = 60                       # seconds; older urllib3 obey the server
     try:
         with requests.Session() as session:
             session.mount(base, HTTPAdapter(max_retries=again))
