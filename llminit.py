@@ -140,6 +140,7 @@ def xavier(rng, rows, K):
 
 
 # Training: batch, learning rate of Adam, epochs without a better validation before it stops.
+# [paper], [authors' code], [ours] say where a number comes from.
 PAPER = dict(batch=256, lr=1e-3, patience=10)              # [authors' code]
 OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good as PAPER in less time]
         'sgl': dict(batch=2048, lr=3e-3, patience=7),      # [ours: 189 of 192 runs as with 10]
