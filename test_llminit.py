@@ -796,31 +796,26 @@ def joined(W, function, *args):
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
 
-    def child(rank, pipe):
+    def child(rank):
         os.environ |= {'WORLD_SIZE': str(W), 'RANK': str(rank), 'LOCAL_RANK': str(rank),
                        'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             result = function(*args)
-        pipe.send((result, out.getvalue()))
+        got[rank] = result, out.getvalue()
         torch.distributed.destroy_process_group()              # as at the end of a program
-    pipes = [context.Pipe() for _ in range(W)]
-    processes = [context.Process(target=child, args=(rank, pipe))
-                 for rank, (_, pipe) in enumerate(pipes)]
-    got = [(None, '')] * W                                     # of a process that is killed
-    try:
-        for process in processes:
-            process.start()
-        for rank, (ours, theirs) in enumerate(pipes):
-            theirs.close()
-            with contextlib.suppress(EOFError):
-                got[rank] = ours.recv()
-        for process in processes:
-            process.join(60)
-        return zip(*got)
-    finally:
-        for process in processes:
-            process.kill()
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(W)]
+    with context.Manager() as manager:
+        got = manager.dict({rank: (None, '') for rank in range(W)})    # of a process that is killed
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(120)
+            return zip(*got.values())
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def steps(observed):
