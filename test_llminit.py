@@ -831,15 +831,6 @@ def steps(observed):
     return out
 
 
-def twice(flags, tiny):
-    """llminit.main, called by a program two times -> how many texts this process encoded."""
-    run, encoded = embed.run_mpnet, []
-    embed.run_mpnet = lambda texts, *args: encoded.append(len(texts)) or run(texts, *args)
-    llminit.main(flags)
-    llminit.main([*flags, '--encoder', tiny, '--model', 'morec'])
-    return sum(encoded)
-
-
 class TestProcesses:
     def test_20_steps_of_every_model_agree_for_1_2_and_4_processes(self):
         observed = random_graph(60, 50, .2)
@@ -852,14 +843,16 @@ class TestProcesses:
                     # Adam's first steps have the sign of the gradient alone: it may be off by more
                     np.testing.assert_allclose(table, table_1, rtol=1e-3, atol=1e-4)
 
-    def test_a_program_that_calls_main_prints_and_saves_what_one_process_does(self, own, tmp_path,
-                                                                              capsys):
-        tiny_mpnet(tmp_path / 'tiny')
-
+    def test_a_program_that_calls_main_prints_and_saves_what_one_process_does(
+            self, own, tmp_path, tiny, calls, capsys):
         def run(W):
-            flags = ['--dataset', own, '--encoder', 'tfidf', '--dim', 10, '--epochs', 2, '--model',
-                     'sgl', '--save', tmp_path / W, '--cache', tmp_path / f'cache {W}']
-            return twice(list(map(str, flags)), str(tmp_path / 'tiny'))
+            calls.clear()
+            flags = list(map(str, [
+                '--dataset', own, '--encoder', 'tfidf', '--dim', 10, '--epochs', 2, '--model',
+                'sgl', '--save', tmp_path / W, '--cache', tmp_path / f'cache {W}']))
+            llminit.main(flags)
+            llminit.main([*flags, '--encoder', str(tiny), '--model', 'morec'])
+            return len(sum(calls, []))                                 # texts that it encoded
         one, alone = run('one'), capsys.readouterr().out
         encoded, (out, *silent) = joined(3, run, 'three')
         assert encoded == (one, 0, 0)                                  # the first alone encodes
@@ -1563,15 +1556,16 @@ class TestMPNet:
         assert (fast * exact).sum(1).min() >= .9999
 
 
-class TestCache:
-    @pytest.fixture
-    def calls(self, monkeypatch):
-        """The texts of each call of run_mpnet."""
-        run, calls = embed.run_mpnet, []
-        monkeypatch.setattr(embed, 'run_mpnet',
-                            lambda texts, *more: calls.append(texts) or run(texts, *more))
-        return calls
+@pytest.fixture
+def calls(monkeypatch):
+    """The texts of each call of run_mpnet."""
+    run, calls = embed.run_mpnet, []
+    monkeypatch.setattr(embed, 'run_mpnet',
+                        lambda texts, *more: calls.append(texts) or run(texts, *more))
+    return calls
 
+
+class TestCache:
     def test_it_is_used_and_a_damaged_file_is_not(self, tiny, tmp_path, calls):
         first = embed.encode(TEXTS, tiny, cache=tmp_path)
         file, = (tmp_path / 'vectors').iterdir()
