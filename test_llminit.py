@@ -767,17 +767,12 @@ class TestTraining:
 
     @pytest.mark.parametrize('name', models.MODELS)
     def test_threads_change_no_figure(self, name, monkeypatch):
-        observed, found = random_graph(300, 200, .1), []
+        observed, found = planted(320, 200, per_user=16), []           # 20 batches, none is short
         start = [llminit.xavier(np.random.default_rng(1), n, 64) for n in observed.shape]
-
-        def with_two(step, batch):                         # but for the last batch, which is short
-            def timed(part):
-                torch.set_num_threads(2 if part.shape[1] == batch else 1)
-                return step(part)
-            return timed
         more = {'dim': 64} if name == 'morec' else {}
-        for on_busy_cores in (lambda step, batch: step, with_two):
-            monkeypatch.setattr(models, 'on_busy_cores', on_busy_cores)
+        for threads in (1, 2):
+            monkeypatch.setattr(models, 'on_busy_cores',
+                                lambda step, batch: torch.set_num_threads(threads) or step)
             model, curve = models.train(name, observed, observed, *start, np.random.default_rng(0),
                                         epochs=2, batch=256, log=quiet, **more)
             found.append([curve[0]['loss'], curve[1]['loss'], *model.embeddings()])
