@@ -84,10 +84,6 @@ def main_on(folder, *flags):
                                           '--epochs', 2, *flags])))
 
 
-def quiet(line):
-    """A log for models.train."""
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves pages, knows Range, answers embeddings; the next act of its script comes first."""
 
@@ -620,7 +616,7 @@ class TestModels:
         users0[::2] = 0
         some = train.multiply(np.arange(120)[:, None] < 8).tocsr()     # 80 steps
         model, _ = models.train(name, some, valid, users0, items0, np.random.default_rng(0),
-                                epochs=1, batch=batch, log=quiet)
+                                epochs=1, batch=batch)
         assert all(table.isfinite().all() for table in model.embeddings())
 
 
@@ -713,7 +709,7 @@ class TestTraining:
         train, valid, _ = data.split(planted(), np.random.default_rng(0))
         rng = np.random.default_rng(1)
         start = [llminit.xavier(rng, n, 16) for n in train.shape]
-        model, curve = models.train(name, train, valid, *start, rng, lr=.05, patience=3, log=quiet)
+        model, curve = models.train(name, train, valid, *start, rng, lr=.05, patience=3)
         ndcg = [epoch['ndcg'] for epoch in curve]
         assert 3 < len(curve) < 300 and np.argmax(ndcg) == len(curve) - 4
         assert models.evaluate(*model.embeddings(), valid, train)[1].mean() == max(ndcg)
@@ -732,7 +728,7 @@ class TestTraining:
         observed = sp.csr_matrix(np.array([[1, 1, 1], [1, 0, 0]], np.float32))
         none = sp.csr_matrix((2, 3))
         start = ones((2, 2)), ones((3, 2)), rng
-        _, curve = models.train('lightgcn', observed, none, *start, epochs=2, log=quiet)
+        _, curve = models.train('lightgcn', observed, none, *start, epochs=2)
         assert np.isfinite(curve[-1]['loss']) and len(curve) == 2      # user 0 has every item
         full = sp.csr_matrix(ones((2, 3)))
         fails('nothing to rank', models.train, 'bpr', full, none, *start)
@@ -743,7 +739,7 @@ class TestTraining:
         fails('diverged in epoch 1', models.train, 'bpr', observed, none, *far)
         unsorted = sp.csr_matrix((ones(3), [4, 0, 2], [0, 3]), (1, 6))
         models.train('bpr', unsorted, sp.csr_matrix((1, 6)), ones((1, 2)), ones((6, 2)), rng,
-                     epochs=2, log=quiet)
+                     epochs=2)
         assert unsorted.indices.tolist() == [4, 0, 2]                  # the caller's is unchanged
 
     @pytest.mark.parametrize('seconds, expected', [       # a step with one thread takes one second
@@ -774,13 +770,13 @@ class TestTraining:
             monkeypatch.setattr(models, 'on_busy_cores',
                                 lambda step, batch: torch.set_num_threads(threads) or step)
             model, curve = models.train(name, observed, observed, *start, np.random.default_rng(0),
-                                        epochs=2, batch=256, log=quiet, **more)
+                                        epochs=2, batch=256, **more)
             found.append([curve[0]['loss'], curve[1]['loss'], *model.embeddings()])
             assert torch.get_num_threads() == 1            # training gives them back
         assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(*found))
         monkeypatch.setattr(models, 'on_busy_cores', None)             # not for other widths
         models.train('sgcl', observed, observed, *(table[:, :50] for table in start),
-                     np.random.default_rng(0), epochs=1, log=quiet)
+                     np.random.default_rng(0), epochs=1)
 
 
 def joined(W, function, *args):
