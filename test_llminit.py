@@ -47,8 +47,7 @@ torch.set_num_threads(1)         # tiny products: threads only wait for each oth
 
 def random_graph(n_users=30, n_items=20, density=.15, seed=0):
     """A csr (U, I) of ones in which the last user and the last item have no interaction."""
-    rng = np.random.default_rng(seed)
-    dense = rng.random((n_users, n_items)) < density
+    dense = np.random.default_rng(seed).random((n_users, n_items)) < density
     dense[-1] = dense[:, -1] = False
     return sp.csr_matrix(dense.astype(np.float32))
 
@@ -655,20 +654,17 @@ class TestEvaluation:
     @pytest.mark.parametrize('value', [0., .1, float('nan'), float('inf')])
     @pytest.mark.parametrize('n_users, n_items, K', [(50, 40, 8), (300, 4001, 128)])
     def test_equal_or_broken_scores_never_score(self, value, n_users, n_items, K):
-        target = sp.csr_matrix((np.ones(n_users), (range(n_users), np.arange(n_users) % n_items)),
-                               (n_users, n_items))
+        target = sp.eye(n_items, format='csr')[np.arange(n_users) % n_items]
         users, items = torch.full((n_users, K), value), torch.full((n_items, K), value)
         recall, ndcg = models.evaluate(torch.nn.Parameter(users.double()), items.double(), target)
         assert recall.max() == ndcg.max() == 0
 
     def test_ranks_below_k_are_exact(self):
         rng = np.random.default_rng(0)
-        users, items = (rng.standard_normal((n, 6)).astype(np.float32) for n in (400, 300))
-        items[:150] *= np.linspace(.1, 3, 150)[:, None].astype(np.float32)
+        users, items = (torch.from_numpy(rng.standard_normal((n, 6))).float() for n in (400, 300))
+        items[:150] *= torch.linspace(.1, 3, 150)[:, None]
         items[150:] = items[:150]                                      # every score is there twice
-        users, items = torch.from_numpy(users), torch.from_numpy(items)
-        target = sp.csr_matrix((np.ones(400), (np.arange(400), rng.integers(0, 300, 400))),
-                               (400, 300))
+        target = sp.eye(300, format='csr')[rng.integers(0, 300, 400)]
         for seen in (None, random_graph(400, 300, .05)):
             exact = models.target_ranks(users, items, target, seen)
             short = models.target_ranks(users, items, target, seen, 10)
@@ -682,7 +678,7 @@ class TestEvaluation:
         target = rng.integers(0, 5000, 60)
         scores = (users @ items.T).numpy()
         expected = (scores >= scores[range(60), target][:, None]).sum(1) - 1
-        target = sp.csr_matrix((np.ones(60), (range(60), target)), (60, 5000))
+        target = sp.eye(5000, format='csr')[target]
         users, items = users.to(dtype), items.to(dtype)
         assert (models.target_ranks(users, items, target) == expected).all()
         _, ndcg = models.evaluate(users, items, target, k=2000)
