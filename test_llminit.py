@@ -661,11 +661,12 @@ class TestEvaluation:
 
     def test_ranks_below_k_are_exact(self):
         rng = np.random.default_rng(0)
-        users, items = (torch.from_numpy(rng.standard_normal((n, 6))).float() for n in (400, 300))
+        users, items = (torch.from_numpy(rng.standard_normal((n, 6))).float() for n in (4000, 300))
         items[:150] *= torch.linspace(.1, 3, 150)[:, None]
         items[150:] = items[:150]                                      # every score is there twice
-        target = sp.eye(300, format='csr')[rng.integers(0, 300, 400)]
-        for seen in (None, random_graph(400, 300, .05)):
+        target = sp.eye(300, format='csr')[rng.integers(0, 300, 4000)]
+        longest = sp.csr_matrix(np.tile(np.arange(300) % 150 > 139, (4000, 1)))
+        for seen in (None, random_graph(4000, 300, .05), longest):
             exact = models.target_ranks(users, items, target, seen)
             short = models.target_ranks(users, items, target, seen, 10)
             assert ((short == exact) | (exact >= 10) & (short == 300)).all()
