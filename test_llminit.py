@@ -347,16 +347,15 @@ class TestSelection:
         vectors = np.ones((3, 2), np.float32)
         assert not np.shares_memory(llminit.select_dims(vectors, 2, 'full'), vectors)
 
-    @pytest.mark.parametrize('K, strategy, more, message', [
-        (0, 'var', {}, 'cannot keep 0 of 10'), (3, 'rand', {}, 'noise need rng'),
-        (3, 'best', {}, "strategy 'best': expected one of rand"), (3, 'none', {}, 'one of rand'),
-        (3, 'var', {'popular': .5}, 'popular < 1 needs degree'),
-        (4, 'pca', {}, 'fewer than K = 4'), (2, 'uni', {'broken': np.nan}, '1 of 4 item vectors')])
-    def test_errors(self, K, strategy, more, message):
+    @pytest.mark.parametrize('K, strategy, popular, value, message', [
+        (0, 'var', 1, 0, 'cannot keep 0 of 10'), (3, 'rand', 1, 0, 'noise need rng'),
+        (3, 'none', 1, 0, "strategy 'none': expected one of rand"),
+        (3, 'var', .5, 0, 'popular < 1 needs degree'), (4, 'pca', 1, 0, 'fewer than K = 4'),
+        (2, 'uni', 1, np.nan, '1 of 4 item vectors')])
+    def test_errors(self, K, strategy, popular, value, message):
         vectors = np.eye(4, 10, dtype=np.float32)
-        more = dict(more)
-        vectors[1, 4] = more.pop('broken', 0)
-        fails(message, llminit.select_dims, vectors, K, strategy, **more)
+        vectors[1, 4] = value
+        fails(message, llminit.select_dims, vectors, K, strategy, popular=popular)
 
     @pytest.mark.parametrize('pool, power', [('mean', 1), ('sqrt', .5), ('sum', 0)])
     def test_pool_users_is_eq_1(self, pool, power):
