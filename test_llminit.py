@@ -1305,17 +1305,18 @@ def write_safetensors(path, tensors):
     """The format, written a second time: header length, JSON header, raw tensors."""
     header, blob = {'__metadata__': {'format': 'pt'}}, b''
     for name, array in tensors.items():
-        raw = array.tobytes()
-        kind = {'float32': 'F32', 'int64': 'I64', 'float16': 'F16'}[array.dtype.name]
-        header[name] = {'dtype': kind, 'shape': list(array.shape),
-                        'data_offsets': [len(blob), len(blob) + len(raw)]}
-        blob += raw
+        begin, blob = len(blob), blob + array.tobytes()
+        kind = f'{array.dtype.kind.upper()}{8 * array.itemsize}'                 # such as F32
+        header[name] = {'dtype': kind, 'shape': array.shape, 'data_offsets': [begin, len(blob)]}
     Path(path).write_bytes(headed(json.dumps(header).encode()) + blob)
 
 
 def headed(header):
     """A header behind its length."""
     return len(header).to_bytes(8, 'little') + header
+
+
+WHOLE = {'dtype': 'F32', 'shape': [6], 'data_offsets': [0, 24]}      # an entry of a header
 
 
 class TestSafetensors:
@@ -1330,16 +1331,12 @@ class TestSafetensors:
 
     @pytest.mark.parametrize('content', [
         b'', b'\x02', b'\xff' * 8, headed(b'{}')[:-1], headed(b'[]'), headed(b'{"a'),
-        headed(b'\xff\xfe{}'), headed(b'[' * 40000)] + [
-        headed(json.dumps({'a': entry}).encode()) + bytes(24) for entry in (
-            {'dtype': 'F32', 'shape': [6], 'data_offsets': [0, 20]},
-            {'dtype': 'F32', 'shape': [7], 'data_offsets': [0, 28]},
-            {'dtype': 'F32', 'shape': [-6], 'data_offsets': [24, 0]},
-            {'dtype': 'F32', 'shape': [6.0], 'data_offsets': [0, 24]},
-            {'dtype': 'F32', 'shape': [10 ** 30], 'data_offsets': [0, 4 * 10 ** 30]},
-            {'dtype': 'F32', 'shape': [6], 'data_offsets': [0]},
-            {'dtype': 'F32', 'shape': [6], 'data_offsets': None},
-            {'dtype': 'Q4', 'shape': [6], 'data_offsets': [0, 24]}, {}, None)])
+        headed(b'\xff\xfe{}'), headed(b'[' * 40000), headed(b'{"a": {}}'), headed(b'{"a": null}'),
+        *(headed(json.dumps({'a': WHOLE | damage}).encode()) + bytes(24) for damage in (
+            {'data_offsets': [0, 20]}, {'shape': [7], 'data_offsets': [0, 28]},
+            {'shape': [-6], 'data_offsets': [24, 0]}, {'shape': [6.0]}, {'data_offsets': [0]},
+            {'shape': [10 ** 30], 'data_offsets': [0, 4 * 10 ** 30]}, {'data_offsets': None},
+            {'dtype': 'Q4'}))])
     def test_damaged(self, tmp_path, content):
         (tmp_path / 'm').write_bytes(content)
         fails('not a whole safetensors file', embed.read_safetensors, tmp_path / 'm')
