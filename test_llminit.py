@@ -30,7 +30,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from hypothesis import given, settings, strategies as st
-from scipy.special import erf
+from scipy.special import erf, softmax
 
 import data
 import embed
@@ -1382,34 +1382,28 @@ def bucket(distance):
 
 def dense_mpnet(w, ids, pad_to=0):
     """One text through MPNet in float64, padded and masked as the original does it."""
-    heads, mask = w['encoder.relative_attention_bias.weight'].shape[1], [1] * len(ids)
-    mask, ids = np.array(mask + [0] * pad_to), list(ids) + [1] * pad_to
-    places, count = [], 1
-    for token in ids:
-        count += token != 1
-        places.append(count if token != 1 else 1)
+    mask, ids = np.array([1] * len(ids) + [0] * pad_to), list(ids) + [1] * pad_to
+    places = [2 + sum(other != 1 for other in ids[:n]) if token != 1 else 1
+              for n, token in enumerate(ids)]                # 2 + how many tokens are before it
 
     def norm(x, name):
-        x = x - x.mean(1, keepdims=True)
-        x = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5)
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
         return x * w[name + '.LayerNorm.weight'] + w[name + '.LayerNorm.bias']
 
     def dense(x, name):
         return x @ w[name + '.weight'].T + w[name + '.bias']
-    table = w['encoder.relative_attention_bias.weight']
-    bias = np.array([[table[bucket(k - q)] for k in range(len(ids))] for q in range(len(ids))])
+    table, T = w['encoder.relative_attention_bias.weight'], len(ids)
+    bias = np.array([[table[bucket(k - q)] for k in range(T)] for q in range(T)])       # (T, T, H)
     x = norm(w['embeddings.word_embeddings.weight'][ids] +
              w['embeddings.position_embeddings.weight'][places], 'embeddings')
     for n in range(2):
-        name, mixed = f'encoder.layer.{n}', []
-        q, k, v = (dense(x, f'{name}.attention.attn.{part}') for part in 'qkv')
-        size = q.shape[1] // heads
-        for h in range(heads):
-            cut = slice(h * size, (h + 1) * size)
-            score = q[:, cut] @ k[:, cut].T / math.sqrt(size) + bias[:, :, h]
-            score = np.where(mask, np.exp(score - score.max(1, keepdims=True)), 0)
-            mixed.append(score / score.sum(1, keepdims=True) @ v[:, cut])
-        x = norm(x + dense(np.hstack(mixed), f'{name}.attention.attn.o'), f'{name}.attention')
+        name = f'encoder.layer.{n}'
+        q, k, v = (dense(x, f'{name}.attention.attn.{part}').reshape(T, table.shape[1], -1)
+                   for part in 'qkv')                                                   # (T, H, D)
+        score = np.einsum('qhd,khd->qkh', q, k) / math.sqrt(q.shape[2]) + bias
+        share = softmax(np.where(mask[:, None], score, -np.inf), axis=1)                # of keys
+        mixed = np.einsum('qkh,khd->qhd', share, v).reshape(T, -1)
+        x = norm(x + dense(mixed, f'{name}.attention.attn.o'), f'{name}.attention')
         inner = dense(x, f'{name}.intermediate.dense')
         inner = inner * (1 + erf(inner / math.sqrt(2))) / 2
         x = norm(x + dense(inner, f'{name}.output.dense'), f'{name}.output')
