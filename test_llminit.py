@@ -1766,9 +1766,8 @@ class TestEndpoint:
         endpoint.script += [{}, {}, {'status': 401}]
         fails('401', embed.encode, WORDS, 'openai:m', cache=tmp_path)
         assert self.through(endpoint, tmp_path) == [2]
-        with ThreadPoolExecutor() as pool:           # several runs at once
-            runs = [pool.submit(self.through, endpoint, tmp_path, WORDS[::-1]) for _ in range(4)]
-        assert all(run.result() for run in runs)
+        with ThreadPoolExecutor(4) as pool:          # several runs at once
+            list(pool.map(lambda _: self.through(endpoint, tmp_path, WORDS[::-1]), range(4)))
 
     def test_urls_keys_and_hints(self, endpoint, monkeypatch, tmp_path):
         def fails_with(match, url=endpoint.url, key=KEY, script=()):
