@@ -131,18 +131,14 @@ def server(monkeypatch):
     web = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     web.pages, web.script, web.asked, web.waits = {}, [], [], []
     web.url = f'http://127.0.0.1:{web.server_port}/'
-    thread = threading.Thread(target=web.serve_forever, kwargs={'poll_interval': .01})
-    thread.start()
+    threading.Thread(target=web.serve_forever, kwargs={'poll_interval': .01}).start()
     monkeypatch.setattr(data, 'URL', web.url)
     monkeypatch.setattr(embed, 'HUB', web.url.rstrip('/'))
     monkeypatch.setattr('urllib3.util.retry.time.sleep', web.waits.append)
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    try:
-        yield web
-    finally:
-        web.shutdown()
-        thread.join()
-        web.server_close()
+    yield web                    # pytest goes on here, whether the test failed or not
+    web.shutdown()
+    web.server_close()
 
 
 def finished(*command, cwd=HERE):
