@@ -1402,19 +1402,17 @@ TEXTS = ['red tea', '', 'a b c, green tea!', 'tea red', 'x' * 60, 'unbreakable a
          'a<pad>b <pad>c red', 'a ' * 300, '\u4e2d\u6587 </s> b', 'c']
 # Text, sha of its token ids, first four components: sentence-transformers 6.2.0, float32.
 REAL = [
-    ('WAWO 15 Color Professionl Makeup Eyeshadow Camouflage Facial Concealer Neutral Pal'
-     'ette. COKA. Beauty, Makeup, Face, Concealers & Neutralizers',
+    ('WAWO 15 Color Professionl Makeup Eyeshadow Camouflage Facial Concealer Neutral Palette. '
+     'COKA. Beauty, Makeup, Face, Concealers & Neutralizers',
      '1368adc83524', [0.042036, 0.0326241, 0.021137, -0.0343958]),
-    ('AT&amp;T TR1909WH Dect 6.0 1-Handset Trimline Landline Telephone with Caller ID. A'
-     'T&amp;T. Office & School Supplies, Tape, Adhesives & Fasteners, Clips, Clamps & Ri'
-     'ngs, Clips',
+    ('AT&amp;T TR1909WH Dect 6.0 1-Handset Trimline Landline Telephone with Caller ID. AT&amp;T. '
+     'Office & School Supplies, Tape, Adhesives & Fasteners, Clips, Clamps & Rings, Clips',
      '6350e8bce712', [0.0146217, -0.0279917, 0.0161583, -0.0453435]),
     ('', '63cbaf561c18', [-0.0125034, 0.0614387, -0.0067345, 0.0252378]),
     ('\n\t \r', '63cbaf561c18', [-0.0125034, 0.0614387, -0.0067345, 0.0252378]),
-    ('\U0001f600\U0001f603 nice \U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 family',
-     '0553c03c48b3', [-0.0680934, 0.0194508, -0.0313246, 0.0401848]),
-    ('\u4e2d\u6587\u5b57\u7b26\u6d4b\u8bd5', '764c48e0a466',
-     [0.0486595, -0.0261086, 0.0122908, 0.0278711]),
+    ('😀😃 nice 👩\u200d👩\u200d👧\u200d👦 family', '0553c03c48b3',
+     [-0.0680934, 0.0194508, -0.0313246, 0.0401848]),
+    ('中文字符测试', '764c48e0a466', [0.0486595, -0.0261086, 0.0122908, 0.0278711]),
     ('e\u0301cole a\u0308b \u0301alone', '3e90a2eec94f',
      [0.009105, 0.0267472, 0.0234217, 0.0416711]),
     ('a\x00b\x07c\x7fd\x85e\ufffdf', '6df729877d9f', [0.0105823, -0.0365582, 0.0052969, -0.042894]),
@@ -1423,11 +1421,9 @@ REAL = [
     ('a<mask>b  <mask>  c', 'a1d7b58ea7f0', [0.0579114, -0.0277578, -0.012493, -0.0206987]),
     ('<u\u0301nk> <\xdcNK>', '011a248d4633', [0.0025613, 0.0749696, 0.0057538, 0.0280301]),
     ('<pad>x<pad> y', '93991bb3ce27', [-0.0087029, 0.0341448, 0.0106878, -0.0045875]),
-    ('\u0391\u03a3 \u03a3\u0391\u03a3 \u039f\u0394\u039f\u03a3', '6ab237cf2210',
-     [-0.0215243, -0.0344295, -0.0029059, -0.0142181]),
+    ('ΑΣ ΣΑΣ ΟΔΟΣ', '6ab237cf2210', [-0.0215243, -0.0344295, -0.0029059, -0.0142181]),
     ('$100 + 5% = a^b`c|d~e', '683287fb25cc', [0.0093882, 0.0120768, -0.0300139, 0.0162505]),
-    ('\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e', '5e88170ebd85',
-     [0.0276774, 0.0484716, -0.0177069, 0.0365224]),
+    ('नमस्ते दुनिया', '5e88170ebd85', [0.0276774, 0.0484716, -0.0177069, 0.0365224]),
     ('word ' * 600, 'c139d01d7e8a', [.0326021, -.0316455, .0382969, .0535799]),            # 602 ids
 ]
 
