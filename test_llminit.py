@@ -1047,9 +1047,8 @@ class TestOwnData:
         err = capsys.readouterr().err
         assert all(re.search(word, err) for word in words), err
         line = next(line for line in err.splitlines() if ' rows: ' in line)
-        counts = re.findall(r'(\d+) (?:rows|inter|un|wi|rat|lab|of|rep|ou)', line)
-        n_rows, *others = map(int, counts)
-        assert n_rows == sum(others)                                   # in - out = the sum
+        n_rows, *others = re.findall(r'(\d+) (?:rows|inter|un|wi|rat|lab|of|rep|ou)', line)
+        assert int(n_rows) == sum(map(int, others))                    # in - out = the sum
 
     @pytest.mark.parametrize('delimiter', ['\t', ',', ';', '|'])
     @pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
