@@ -762,8 +762,7 @@ def joined(W, function, *args):
     """function(*args) in each of W processes that models.join() will join -> their results, what
     they printed. They are forked, so they need not import torch again."""
     context = multiprocessing.get_context('fork')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
+    with socket.create_server(('127.0.0.1', 0)) as probe:
         port = probe.getsockname()[1]
 
     def child(rank):
@@ -848,17 +847,14 @@ class TestProcesses:
         else:
             assert code and len(said) == 1 and 'start at most 1' in said[0], err
 
-    def test_when_a_process_dies_the_others_end_within_a_minute(self, own):
+    def test_when_a_process_dies_the_others_end_within_a_minute(self, own, monkeypatch):
         def log(line):
             if line.startswith('epoch   3') and os.environ['RANK'] == '1':
                 os.kill(os.getpid(), 9)
-
-        def run():
-            train = models.train
-            models.train = lambda *args, **more: train(*args, **more | {'log': log})
-            return main_on(own, '--epochs', 10 ** 5, '--patience', 10 ** 5)
-        start = time.monotonic()
-        codes, outs = joined(3, run)
+        train, start = models.train, time.monotonic()
+        monkeypatch.setattr(models, 'train',
+                            lambda *args, **more: train(*args, **more | {'log': log}))
+        codes, outs = joined(3, main_on, own, '--epochs', 10 ** 5, '--patience', 10 ** 5)
         assert codes == (2, None, 2) and time.monotonic() - start < 60
         assert all('error: another process has ended' in outs[rank] for rank in (0, 2))
 
