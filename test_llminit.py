@@ -312,9 +312,8 @@ class TestSelection:
         found = llminit.joint(vectors, train, 9)
         sizes = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
         X, F = train.toarray().astype(float), vectors.astype(float) / sizes
-        M = X.T @ X + 10 * F @ F.T + 30 * np.eye(30)
         D = X.sum(0) + 40
-        M = M / np.sqrt(D)[:, None] / np.sqrt(D)
+        M = (X.T @ X + 10 * F @ F.T + 30 * np.eye(30)) / np.sqrt(np.outer(D, D))
         w, V = np.linalg.eigh(np.eye(30) - np.linalg.inv(M))
         best = V[:, -9:] * np.maximum(w[-9:], 0) @ V[:, -9:].T         # of rank 9, no sign
         assert (w[-9:] > 0).sum() > 3
