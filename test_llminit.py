@@ -1056,10 +1056,9 @@ class TestOwnData:
         """d is unknown, (u2, b) is low, (u1, a) is there twice, u4 has one item left. In the 2-core
         are u3 {b, a} and u1 {a, b}; c goes with u4."""
         own = write_files(tmp_path / 'own', {
-            'x.inter': 'user_id:token⇥item_id:token⇥rating:float / u3⇥b⇥5 / u1⇥a⇥4 / u1⇥a⇥5 / '
-                       'u1⇥b⇥4 / u3⇥a⇥4 / u2⇥a⇥5 / u2⇥b⇥3 / u4⇥c⇥5 / u4⇥d⇥5',
-            'x.item': 'item_id:token⇥title:token_seq⇥brand:token / c⇥Sea⇥C / a⇥Apple⇥Acme / z⇥Z⇥Z'
-                      ' / b⇥Ball⇥'})
+            'r.csv': '@,rating / u3,b,5 / u1,a,4 / u1,a,5 / u1,b,4 / u3,a,4 / u2,a,5 / u2,b,3 / '
+                     'u4,c,5 / u4,d,5',
+            'i.csv': 'item_id,title,brand / c,Sea,C / a,Apple,Acme / z,Z,Z / b,Ball,'})
         matrix, texts, titles, users, items, low = data.load(own, core=2)
         assert users == ['u3', 'u1'] and items == ['a', 'b']    # first appearance; the item file
         assert matrix.toarray().tolist() == [[1, 1], [1, 1]] and matrix.dtype == np.float32
