@@ -1448,7 +1448,6 @@ class TestMPNet:
         ('model.safetensors', headed(b'{}').decode(), 'not those of an MPNet: .*word_emb'),
         *(('sentence_bert_config.json', f'{{"max_seq_length": {value}}}', match) for value, match
           in (('-Infinity', 'config.json'), ('"x"', 'config.json'), ('-5', '-5 tokens'))),
-        ('1_Pooling/config.json', '[]', 'config.json'),
         ('1_Pooling/config.json', '{"pooling_mode_cls_token": true}', 'cls_token.*expected the m'),
         ('1_Pooling/config.json', '{"pooling_mode": "max"}', 'pooling max, .*expected the mean'),
         ('1_Pooling/config.json', '{"pooling_mode": ["mean", "max"]}', 'expected the mean'),
