@@ -59,14 +59,24 @@ def planted(n_users=120, n_items=60, n_groups=4, per_user=12, seed=0):
     return sp.csr_matrix(dense.astype(np.float32))
 
 
+def write_files(folder, *files):
+    """Files {name: text or bytes}, in the notation of CASES -> the folder's path."""
+    folder.mkdir(exist_ok=True)
+    for name, text in (item for some in files for item in some.items()):
+        if isinstance(text, str):
+            text = text.replace('@', 'user_id,item_id').replace(' / ', '\n').replace('⇥', '\t')
+            text = text.encode()
+        (folder / name).write_bytes(text)
+    return str(folder)
+
+
 def write_planted(folder):
     """planted() as a user's folder, with titles that show the tastes."""
     words = ['red apple fruit', 'blue steel tool', 'soft wool yarn', 'loud brass horn']
-    folder.mkdir(exist_ok=True)
-    lines = [f'u{u},i{i},5' for u, i in zip(*planted().nonzero())]
-    (folder / 'interactions.csv').write_text('\n'.join(['user_id,item_id,rating', *lines]) + '\n')
-    lines = [f'i{i},{words[i % 4]} number {i}' for i in range(60)]
-    (folder / 'items.csv').write_text('\n'.join(['item_id,title', *lines]) + '\n')
+    pairs = [f'u{u},i{i},5\n' for u, i in zip(*planted().nonzero())]
+    items = [f'i{i},{words[i % 4]} number {i}\n' for i in range(60)]
+    write_files(folder, {'interactions.csv': '@,rating\n' + ''.join(pairs),
+                         'items.csv': 'item_id,title\n' + ''.join(items)})
     return folder
 
 
@@ -993,17 +1003,6 @@ CASES = [
     ('other dates', '@,timestamp / a,1,05/31/2014', {}, 'error: .*ISO dates: .*05/31',
      {'timestamps': True}),
 ]
-
-
-def write_files(folder, *files):
-    """Files {name: text or bytes}, in the notation of CASES -> the folder's path."""
-    folder.mkdir(exist_ok=True)
-    for name, text in (item for some in files for item in some.items()):
-        if isinstance(text, str):
-            text = text.replace('@', 'user_id,item_id').replace(' / ', '\n').replace('⇥', '\t')
-            text = text.encode()
-        (folder / name).write_bytes(text)
-    return str(folder)
 
 
 def edges(loaded):
