@@ -720,12 +720,10 @@ class TestTraining:
         fails("'gcn': expected one of lightgcn", models.train, 'gcn', observed, none, *start)
         fails("'nodes': expected edge", models.train, 'sgl', observed, none, *start, views='nodes')
         assert models.train('bpr', observed, none, *start, epochs=0)[1] == []
-        far = ones((2, 2)) * 1e30, ones((3, 2)) * 1e30, rng
-        fails('diverged in epoch 1', models.train, 'bpr', observed, none, *far)
-        unsorted = sp.csr_matrix((ones(3), [4, 0, 2], [0, 3]), (1, 6))
-        models.train('bpr', unsorted, sp.csr_matrix((1, 6)), ones((1, 2)), ones((6, 2)), rng,
-                     epochs=2)
-        assert unsorted.indices.tolist() == [4, 0, 2]                  # the caller's is unchanged
+        fails('diverged in epoch 2', models.train, 'bpr', observed, none, *start, lr=1e30)
+        unsorted = sp.csr_matrix((ones(2), [2, 0], [0, 2, 2]), (2, 3))
+        models.train('bpr', unsorted, none, *start, epochs=2)
+        assert unsorted.indices.tolist() == [2, 0]                     # the caller's is unchanged
 
     @pytest.mark.parametrize('seconds, expected', [       # a step with one thread takes one second
         (.6, [1, 1, 1] + [2] * 20), (1.1, [1, 1, 1] + [2] * 20),
