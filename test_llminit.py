@@ -1089,8 +1089,7 @@ class TestSplit:
         rows, columns, _ = data.k_core(matrix_of(pairs), core)
         for _ in range(13 + 10):                           # more rounds than can change it
             users, items = [u for u, _ in pairs], [i for _, i in pairs]
-            pairs = [(u, i) for u, i in pairs
-                     if users.count(u) >= core and items.count(i) >= core]
+            pairs = [(u, i) for u, i in pairs if users.count(u) >= core and items.count(i) >= core]
         assert {*rows} == {u for u, _ in pairs} and {*columns} == {i for _, i in pairs}
 
     @settings(max_examples=150, deadline=None)
@@ -1433,8 +1432,7 @@ class TestMPNet:
             model(ids)
             with torch.autocast('cpu', torch.bfloat16):
                 model(ids)
-        exact, fast = out[:6], out[6:]
-        assert list(map(torch.equal, exact, fast)) == [True] * 4 + [False] * 2
+        assert list(map(torch.equal, out[:6], out[6:])) == [True] * 4 + [False] * 2
 
     @pytest.mark.parametrize('name, text, match', [
         ('config.json', '{"layer_norm_eps": 1', 'config.json'), ('config.json', '[]', 'config.js'),
