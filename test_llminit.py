@@ -1329,10 +1329,9 @@ def tiny(tmp_path):
 
 def bucket(distance):
     """Bucket of key minus query, with a loop in place of a logarithm."""
-    n, out = abs(distance), abs(distance)
-    if n >= 8:
-        out = max(b for b in range(8) if n >= 8 * 16 ** (b / 8) - 1e-9) + 8
-    return out + 16 * (distance > 0)
+    n = abs(distance)
+    far = 8 + sum(n >= 8 * 16 ** (b / 8) - 1e-9 for b in range(1, 8))
+    return (n if n < 8 else far) + 16 * (distance > 0)
 
 
 def dense_mpnet(w, ids, pad_to=0):
