@@ -1495,10 +1495,9 @@ class TestCache:
         file, = (tmp_path / 'vectors').iterdir()
         assert (embed.encode(TEXTS, tiny, cache=tmp_path) == first).all() and len(calls) == 1
         good = file.read_bytes()
-        flipped, pickled = bytearray(good), io.BytesIO()
+        flipped = bytearray(good)
         flipped[-33] ^= 1                            # another number, as finite as the right one
-        np.save(pickled, np.array([{}], object))
-        for damage in (b'', good[:50], good[:-1], b'x' * len(good), pickled.getvalue(), flipped):
+        for damage in (b'', good[:50], good[:-1], b'x' * len(good), flipped):
             calls.clear()
             file.write_bytes(damage)
             assert (embed.encode(TEXTS, tiny, cache=tmp_path) == first).all()
