@@ -722,7 +722,9 @@ class TestTraining:
         assert models.train('bpr', observed, none, *start, epochs=0)[1] == []
         fails('diverged in epoch 2', models.train, 'bpr', observed, none, *start, lr=1e30)
         unsorted = sp.csr_matrix((ones(2), [2, 0], [0, 2, 2]), (2, 3))
-        models.train('bpr', unsorted, none, *start, epochs=2)
+        items0 = np.array([[0.], [1], [0]])
+        _, curve = models.train('bpr', unsorted, none, ones((2, 1)), items0, rng, epochs=1)
+        assert abs(curve[0]['loss'] - np.log(1 + np.e)) < 1e-3         # item 1 is the one negative
         assert unsorted.indices.tolist() == [2, 0]                     # the caller's is unchanged
 
     @pytest.mark.parametrize('seconds, expected', [       # a step with one thread takes one second
