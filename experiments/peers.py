@@ -22,13 +22,14 @@ import time
 
 import numpy as np
 import run
+import scipy.sparse as sp
 import torch
 from run import llminit, models
 
 LAMBDAS = 50, 100, 200, 400, 800       # EASE and L3AE: regulariser of the interactions
 RIDGES = 1, 3, 10, 30                  # L3AE: regulariser of the text
 SHARES = .9, .97, .99, .999            # L3AE: share of lambda that pulls towards the text
-RATES = 1e-4, 5e-4, 2e-3               # AlphaRec: learning rate; 5e-4 in the paper
+RATES = 5e-4, 2e-3                     # AlphaRec: learning rate; 5e-4 in the paper
 GRIDS = {'ease': {'lambda': LAMBDAS}, 'l3ae': {'lambda': LAMBDAS, 'r': RIDGES, 'share': SHARES},
          'alpharec': {'lr': RATES, 'epochs': 200, 'batch': 4096, 'patience': 20}}
 
@@ -86,16 +87,18 @@ class AlphaRec(torch.nn.Module):
 
     def __init__(self, train, vectors, K=64, tau=.15):
         super().__init__()
-        items, N = unit(vectors).numpy(), vectors.shape[1]
-        start = np.concatenate([llminit.pool_users(train, items), items])
-        self.text, self.n_users, self.tau = torch.from_numpy(start), train.shape[0], tau
+        self.items, self.n_users, self.tau, N = unit(vectors), train.shape[0], tau, vectors.shape[1]
+        means = sp.diags(1 / np.maximum(train.getnnz(axis=1), 1)) @ train                # (U, I)
+        self.pool = sp.vstack([means, sp.identity(len(vectors))], 'csr', np.float32)     # (U+I, I)
         self.graphs = [models.adjacency(train)] * 2
         self.mlp = torch.nn.Sequential(torch.nn.Linear(N, N // 2), torch.nn.LeakyReLU(),
                                        torch.nn.Linear(N // 2, K))
 
     def forward(self):
-        """Users (U, K) and items (I, K), of length 1."""
-        z = models.Propagate.apply(self.mlp(self.text), self.graphs)
+        """Users (U, K) and items (I, K), of length 1. The first layer is linear, so that of the
+        means is the mean of the items': a third of the work."""
+        hidden = models.spmm(self.pool, self.mlp[0](self.items))                    # (U+I, N/2)
+        z = models.Propagate.apply(self.mlp[1:](hidden), self.graphs)
         return torch.nn.functional.normalize(z).split([self.n_users, len(z) - self.n_users])
 
     embeddings = torch.no_grad()(forward)
