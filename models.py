@@ -532,13 +532,10 @@ def evaluate(users, items, target, seen=None, k=10):
     1 / log2(2 + rank), ranks from 0, or 0 from rank k on.
     """
     user, ranks = target.nonzero()[0], target_ranks(users, items, target, seen, k)      # (P,)
-    n = np.bincount(user, minlength=target.shape[0])                                    # (U,)
-    hits = np.bincount(user[ranks < k], minlength=len(n))
-    gains = np.where(ranks < k, 1 / np.log2(2 + ranks), 0)
-    ideal = np.append(0, np.cumsum(1 / np.log2(2 + np.arange(k))))                      # (k+1,)
-    has = n > 0
-    ndcg = np.bincount(user, gains, minlength=len(n))[has] / ideal[np.minimum(n[has], k)]
-    return hits[has] / n[has], ndcg
+    _, user, n = np.unique(user, return_inverse=True, return_counts=True)         # (P,), (n,)
+    gains = np.bincount(user, np.where(ranks < k, 1 / np.log2(2 + ranks), 0))           # (n,)
+    ideal = np.cumsum(1 / np.log2(2 + np.arange(k)))                                    # (k,)
+    return np.bincount(user, ranks < k) / n, gains / ideal[np.minimum(n, k) - 1]
 
 
 @torch.no_grad()
