@@ -104,8 +104,7 @@ def pool_users(train, items0, pool='mean'):
     A user without training items starts at zero.
     """
     size = np.diff(train.indptr)                                     # (U,) |N_u|
-    weight = np.repeat(np.maximum(size, 1) ** POOLS[pool], size).astype(
-        np.result_type(items0, np.float32))
+    weight = (np.repeat(size, size) ** POOLS[pool]).astype(np.result_type(items0, np.float32))
     history = sp.csr_matrix((weight, train.indices, train.indptr), train.shape)
     return history @ items0                                          # eq. (1), (U, K)
 
