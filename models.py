@@ -151,9 +151,8 @@ def adjacency(observed):
 
     LightGCN eq. (8). A node without interactions has an empty row.
     """
-    by_user = np.maximum(np.diff(observed.indptr), 1) ** -.5                            # (U,)
-    by_item = np.maximum(np.bincount(observed.indices, minlength=observed.shape[1]), 1) ** -.5
-    data = np.repeat(by_user, np.diff(observed.indptr)) * by_item[observed.indices]
+    of_user, items = np.diff(observed.indptr), observed.indices               # (U,), (pairs,)
+    data = np.repeat(of_user, of_user) ** -.5 * np.bincount(items)[items] ** -.5
     upper = sp.csr_matrix((data, observed.indices, observed.indptr), observed.shape, np.float32)
     return sp.bmat([[None, upper], [upper.T, None]], 'csr')
 
