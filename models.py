@@ -578,17 +578,16 @@ def train_epoch(model, step, observed, batch, rng):
     step: (3, B) int64 of users, positives, negatives -> the loss, after one update.
     """
     model.new_epoch(rng)
-    users, positives = (a.astype(np.int64) for a in observed.nonzero())
-    can = np.diff(observed.indptr)[users] < observed.shape[1]          # is there any negative?
+    pairs = np.array(observed.nonzero(), np.int64)                                      # (2, P)
+    can = np.diff(observed.indptr)[pairs[0]] < observed.shape[1]       # is there any negative?
     if not can.any():
         raise ValueError('no user has an item and lacks another: there is nothing to rank')
-    order = rng.permutation(np.flatnonzero(can))
-    users, positives = users[order], positives[order]
+    users, positives = pairs[:, rng.permutation(np.flatnonzero(can))]                   # (E,)
     triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, E)
     triples, total = torch.from_numpy(triples).to(model.table.device), 0.
     for part in triples.split(batch, dim=1):                                            # (3, B)
         total += step(part) * part.shape[1]
-    return float(total) / len(order)
+    return float(total) / len(users)
 
 
 def optimiser(model, lr):
