@@ -388,9 +388,8 @@ class SGL(LightGCN):
                 kept &= ~np.isin(nodes, rng.permutation(count)[:int(count * self.drop)])
         else:
             kept = rng.permutation(len(rows)) < int(len(rows) * (1 - self.drop))
-        indptr = np.append(0, np.cumsum(kept))[observed.indptr]
-        left = np.ones(indptr[-1], np.float32), items[kept], indptr
-        return on_device(adjacency(sp.csr_matrix(left, observed.shape)), self.table.device)
+        left = sp.csr_matrix((kept[kept], (rows[kept], items[kept])), observed.shape)
+        return on_device(adjacency(left), self.table.device)
 
     def new_epoch(self, rng):
         layers = len(self.graphs)
