@@ -649,13 +649,12 @@ def early_stopping(model, epoch, valid, seen, epochs, patience, log):
                              'lower learning rate')
         recall, ndcg = (np.mean(x) if valid.nnz else np.nan
                         for x in evaluate(*model.embeddings(), valid, seen))
-        better = not ndcg <= best
-        if better:
+        if not ndcg <= best:
             best, best_epoch = ndcg, number
             kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         seconds = time.perf_counter() - start
         curve.append(dict(epoch=number, loss=loss, recall=recall, ndcg=ndcg, seconds=seconds,
-                          best=better))
+                          best=best_epoch == number))
         log(f'epoch {number:3d}  loss {loss:8.4f}  valid Recall@10 {recall:.4f}  '
             f'NDCG@10 {ndcg:.4f}  best {best:.4f} at {best_epoch:3d}  {seconds:6.2f} s')
         if number - best_epoch >= patience:
