@@ -276,8 +276,7 @@ class InfoNCE(torch.autograd.Function):
             some, w = q[part], weight[part]                                             # (C, K)
             logits, = together(torch.mm(some / tau, k.T, out=buffer[:len(some)]))       # (C, M)
             positive = logits.gather(1, own[part, None])
-            safe = tau > .025          # exp((-1 - 1)/tau) is then above zero in float32
-            top = 1 / tau if safe else logits.amax(1, keepdim=True)
+            top = 1 / tau if tau > .025 else logits.amax(1, keepdim=True)    # exp(-2 / tau) > 0
             mass = logits.sub_(top).exp_()
             total = mass.sum(1, keepdim=True)                                           # (C, 1)
             loss += (w * (total.log() + top - positive)).sum()
