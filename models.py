@@ -483,10 +483,7 @@ def outranked(users, items, pair_user, pair_item, need):
 
 def ranks_in(scores, target, taken=None):
     """The rank of each row's target, from 0: (C, I), which changes, items (C,) -> (C,) numpy int64.
-
-    Items in taken (csr (C, I) or None) are not ranked, but the target is. An equal score, or one
-    that is not a number, counts as above.
-    """
+    taken: csr (C, I) or None; what it holds, and what is equal, counts as in target_ranks()."""
     row = np.arange(len(target))
     own = scores[row, target]                                                           # (C,)
     if taken is not None:
