@@ -128,9 +128,8 @@ def joint(vectors, train, K, text=10., ridge=30.):
     if not 0 < K < len(F):
         raise ValueError(f'cannot make {K} directions of {len(F)} items: choose a smaller K')
     mu, V = sp.linalg.eigsh(M, K, v0=np.ones(len(F)), tol=1e-4)                      # ascending
-    V, mu = V[:, ::-1], mu[::-1]
-    V *= np.sign(V[np.abs(V).argmax(axis=0), np.arange(K)])
-    return (V * np.sqrt(1 - 1 / np.maximum(mu, 1))).astype(vectors.dtype)            # (I, K)
+    V *= np.sign(V[np.abs(V).argmax(axis=0), np.arange(K)]) * np.sqrt(1 - 1 / np.maximum(mu, 1))
+    return V[:, ::-1].astype(vectors.dtype)                                          # (I, K)
 
 
 def xavier(rng, rows, K):
