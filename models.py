@@ -590,7 +590,7 @@ def optimiser(model, lr):
     # a block of 31 MB, freed at once: glibc then keeps up to 62 MB of what is freed, and a step of
     # SGL has no page faults instead of 4,000 [measured: 52 ms against 61, beauty, 2 cores]
     torch.empty(31 << 18)
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
 
     def step(part):
         adam.zero_grad()
