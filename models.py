@@ -379,21 +379,19 @@ class SGL(LightGCN):
 
     def view(self, rng):
         """A_hat (U+I, U+I) of the interactions that are not dropped."""
-        observed = self.observed
-        rows, items = observed.nonzero()
+        rows, items = self.observed.nonzero()
         if self.kind == 'node':
             kept = np.ones(len(rows), bool)
-            for nodes, count in zip((rows, items), observed.shape):
+            for nodes, count in zip((rows, items), self.observed.shape):
                 kept &= ~np.isin(nodes, rng.permutation(count)[:int(count * self.drop)])
         else:
             kept = rng.permutation(len(rows)) < int(len(rows) * (1 - self.drop))
-        left = sp.csr_matrix((kept[kept], (rows[kept], items[kept])), observed.shape)
+        left = sp.csr_matrix((kept[kept], (rows[kept], items[kept])), self.observed.shape)
         return on_device(adjacency(left), self.table.device)
 
     def new_epoch(self, rng):
-        layers = len(self.graphs)
-        self.views = [[self.view(rng) for _ in range(layers)] if self.kind == 'walk' else
-                      [self.view(rng)] * layers for _ in range(2)]
+        self.views = [[self.view(rng) for _ in self.graphs] if self.kind == 'walk' else
+                      [self.view(rng)] * len(self.graphs) for _ in range(2)]
 
     def loss(self, users, positives, negatives):
         """BPR and InfoNCE, both summed over the batch -> scalar.
