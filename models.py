@@ -56,9 +56,8 @@ def ranks():
 def join(device='auto'):
     """Join the processes that torchrun started -> rank, device. Alone the rank is 0.
 
-    device: 'cpu', 'cuda', or 'auto' for CUDA if there is any. gloo connects CPUs, nccl GPUs, one
-    for each process. A collective waits a minute for the slowest process. The processes leave each
-    other when Python ends. ValueError if there is no such device.
+    device: 'cpu', 'cuda' (a GPU for each process), or 'auto' for CUDA if there is any. A collective
+    waits a minute for the slowest process. ValueError if there is no such device.
     """
     n_gpus, local = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK') or 0)
     device = ('cuda' if n_gpus else 'cpu') if device == 'auto' else device
@@ -321,9 +320,8 @@ class LightGCN(torch.nn.Module):
     def at(self, nodes, graphs):
         """z and E of nodes (R,), users first, repeats allowed -> (R, K), (R, K).
 
-        On a GPU z of all nodes is computed, because the work is small there and finding the
-        receptive field is not; likewise on a CPU when the batch asks for more than twice as many
-        rows as there are nodes.
+        z of all nodes is computed where that is less work than finding the receptive field: on a
+        GPU, and on a CPU for twice as many rows as there are nodes, or more.
         """
         on_cpu = self.table.is_cpu and all(map(sp.issparse, graphs))
         if on_cpu and len(nodes) < 2 * len(self.table):
