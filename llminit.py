@@ -264,8 +264,7 @@ def parser():
     add('--pool', 'how the items of a user make the user', default='mean', choices=POOLS)
     add('--views', 'sgl: what is dropped', default='edge', choices=('edge', 'node', 'walk'))
     add('--tau', 'sgl, sgcl: temperature', default=.2, type=number(float, 1e-3, 100))
-    add('--seen', 'keep: seen items stay in the ranking, as in the paper', default='mask',
-        choices=('mask', 'keep'))
+    add('--seen', 'keep: seen items are ranked [paper]', default='mask', choices=('mask', 'keep'))
     add('--preset', 'of --batch, --lr and --patience', default='ours', choices=('ours', 'paper'))
     add('--batch', 'interactions a step', type=number(int, 1))
     add('--lr', "Adam's learning rate", type=number(float, 1e-9, 100))
