@@ -85,12 +85,11 @@ def send(collective, *args):
 def in_turn():
     """Run the block first in one process of each machine, then silently in the others, which find
     on the disk what the first one downloaded or encoded. They wait up to an hour."""
-    first, group = not int(os.environ.get('LOCAL_RANK') or 0), None
-    if ranks()[1] > 1:
-        group = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1))
-    if group and not first:
+    group = ranks()[1] > 1 and dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1))
+    first = not (group and int(os.environ.get('LOCAL_RANK') or 0))
+    if not first:
         send(dist.barrier, group)
-    with contextlib.redirect_stderr(io.StringIO() if group and not first else sys.stderr):
+    with contextlib.redirect_stderr(sys.stderr if first else io.StringIO()):
         yield
     if group and first:
         send(dist.barrier, group)
