@@ -24,7 +24,7 @@ with a header, which decides the delimiter (tab , ; or |).
     the title is the column title, or name, or one that ends so, or the first text
     users are numbered by first appearance, items by the item file; of repeated items the first
     counts. Without an item file the texts are empty; a single file with a title is both
-What is dropped of such a folder is counted on stderr. Not here: ratings as weights, clean HTML.
+What is dropped of such a folder is counted on stderr. HTML stays; ratings are not weights.
 U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
 LLMInit's reference implementation.
 """
