@@ -18,6 +18,7 @@ it. Not a test: it asserts nothing.
 """
 import argparse
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,16 +79,10 @@ def ours(folder, name, batch, epochs, dataset):
     start = [llminit.xavier(rng, n, 128) for n in train.shape]
     model = models.MODELS[name](models.adjacency(train), *start)
     step = models.on_busy_cores(models.optimiser(model, 1e-3), batch)
-    out = {'epoch': [], 'valid': []}
-    for _ in range(epochs):
-        began = time.perf_counter()
-        models.train_epoch(model, step, train, batch, rng)
-        out['epoch'].append(time.perf_counter() - began)
-    for _ in range(3):
-        began = time.perf_counter()
-        models.evaluate(*model.embeddings(), valid, train)
-        out['valid'].append(time.perf_counter() - began)
-    print(json.dumps(out))
+    work = {'epoch': lambda: models.train_epoch(model, step, train, batch, rng),
+            'valid': lambda: models.evaluate(*model.embeddings(), valid, train)}
+    print(json.dumps({what: timeit.repeat(work[what], gc.enable, number=1, repeat=n)
+                      for what, n in (('epoch', epochs), ('valid', 3))}))
 
 
 def write_for_peer(args, folder):

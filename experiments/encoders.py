@@ -30,15 +30,14 @@ asserts nothing.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from bench import ROOT, measure
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PEER = '''
 import json, sys, time
@@ -69,14 +68,6 @@ def ours(texts, out, folder, threads, dtype):
         vectors = embed.run_mpnet(texts, folder, 'cpu', dtype)
     print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
     np.save(out, vectors)
-
-
-def measure(*command):
-    """Seconds by the clock and of CPU: the last line that a process prints."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f'{command[0]} failed: {done.stderr.strip()[-400:]}')
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def table(runs, vectors, n_texts):
@@ -127,7 +118,7 @@ def main():
                            if name == 'peer' else
                            (sys.executable, __file__, *sys.argv[1:], '--only', file, out[name],
                             name))
-                runs.setdefault(name, []).append(measure(*command))
+                runs.setdefault(name, []).append(measure(command))
         table(runs, {name: np.load(path) for name, path in out.items()}, len(texts))
 
 

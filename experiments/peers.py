@@ -193,7 +193,7 @@ def parse(argv):
         for cell in cells:
             args = llminit.argparse.Namespace(**vars(cell))
             args.model, args.strategy = name, 'none' if name == 'ease' else 'full'
-            args.dim, args.pool, args.device = 128, 'mean', 'cpu'
+            args.dim, args.pool, args.device, args.epochs = 128, 'mean', 'cpu', 300
             args.training = {'mask_seen': args.seen == 'mask', **GRIDS[name]}
             args.flags = [flag for flag in args.flags if flag != '--model=lightgcn']
             args.flags.append(f'--model={name}')

@@ -190,6 +190,8 @@ def append(path, row):
 
 def check_file(path):
     """OSError or ValueError now, not after a run, if path is no place for results."""
+    if not os.path.basename(path):
+        raise ValueError(f'--results {path!r} names no file')
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
@@ -202,8 +204,8 @@ def check_file(path):
 def parse(argv):
     """The command line -> the arguments of each run, [args] as of llminit.parse, and --results.
 
-    args.cold is --cold, args.flags the command line of llminit.py for this run alone,
-    args.training the arguments of models.train.
+    args.cold is --cold, args.flags the flags of this run alone, args.training the arguments of
+    models.train.
     """
     p = llminit.Parser(prog='run.py', allow_abbrev=False, description=__doc__.split('\n')[0],
                        epilog='Other flags: python llminit.py --help')

@@ -25,11 +25,13 @@ joint   the start of that strategy, of a synthetic graph and random vectors of 7
 Peak memory is the process's ru_maxrss, everything included. Not a test: it asserts nothing.
 """
 import argparse
+import gc
 import re
 import resource
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -130,18 +132,14 @@ def step(args):
     for name in ('lightgcn', 'sgl', 'sgcl'):
         model = models.MODELS[name](models.adjacency(train), *start, device=device)
         model.new_epoch(rng)
-        run, part, seconds = models.optimiser(model, 1e-3), torch.from_numpy(batch), []
-        for _ in range(12):
-            sent.clear()
-            began = time.perf_counter()
-            run(part.to(device))
-            seconds.append(time.perf_counter() - began)
+        run, part = models.optimiser(model, 1e-3), torch.from_numpy(batch)
+        ms = median_ms(lambda: [sent.clear(), run(part.to(device))], 7)
         a_step = sum(sent)
         sent.clear()
         models.evaluate(*model.embeddings(), valid, train)
         if rank == 0:
             print(f'| {name} | {W} | {model.table.numel():,} | {a_step:,} | {sum(sent):,} | '
-                  f'{np.median(seconds) * 1e3:.1f} | {peak():.2f} |', flush=True)
+                  f'{ms:.1f} | {peak():.2f} |', flush=True)
 
 
 def joint(args):
@@ -158,12 +156,7 @@ def joint(args):
 
 def median_ms(work, times=50):
     """Median milliseconds of work(), after five calls that are not counted."""
-    seconds = []
-    for _ in range(times + 5):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return 1e3 * np.median(seconds[5:])
+    return 1e3 * np.median(timeit.repeat(work, gc.enable, number=1, repeat=times + 5)[5:])
 
 
 def limits(args):

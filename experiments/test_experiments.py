@@ -29,8 +29,8 @@ import models  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
-from test_llminit import (KEY, endpoint, main_on, random_graph, server,  # noqa: E402, F401
-                          write_planted)
+from test_llminit import (KEY, endpoint, golden_folder, main_on,  # noqa: E402, F401
+                          random_graph, server, write_planted)
 
 GRID = ['--encoder', 'tfidf', '--dim', '8,16', '--epochs', '2', '--model', 'bpr,morec',
         '--strategy', 'none,rand,var', '--seeds', '2']
@@ -83,14 +83,23 @@ class TestRun:
             assert abs(whole - row['test']['NDCG@10']) < 1e-9
             assert abs(report.users_ndcg(row).mean() - whole) < 1e-9
 
-    def test_a_cell_prints_the_row_of_llminit(self, own, tmp_path, capsys):
-        assert grid(own, tmp_path / 'r.jsonl', '--dim', '8,16', '--strategy', 'none,var', '--seeds',
-                    2, '--model', 'lightgcn,morec') == 0
-        out = [line.split(' | ')[:8] for line in capsys.readouterr().out.splitlines()[2:]]
-        assert len(out) == 16
-        for flags in (['--dim', 16, '--seed', 1], ['--strategy', 'none'], ['--model', 'morec']):
-            assert main_on(own, *flags) == 0
-            assert capsys.readouterr().out.splitlines()[-1].split(' | ')[:8] in out
+    @pytest.mark.parametrize('usual, flags', [
+        ('', '--dim 6'), ('', '--seed 1'), ('', '--strategy none'), ('', '--model morec'),
+        ('--model sgcl', '--tau .02'), ('--model sgl', '--views node'), ('', '--pool sum'),
+        ('--strategy pca', '--whiten 1'), ('', '--popular .1'), ('', '--seen keep'),
+        ('', '--split last --columns timestamp=when'), ('', '--min-rating 5'), ('', '--core 9'),
+        ('', '--text-columns title'), ('', '--cold .5')])
+    def test_every_flag_counts_and_a_cell_prints_the_row_of_llminit(self, tmp_path, capsys, usual,
+                                                                    flags):
+        inter, told = golden_folder(tmp_path) / 'x.inter', []
+        inter.write_text(inter.read_text().replace('timestamp', 'when'))
+        for some in (usual, f'{usual} {flags}'):
+            some = ['--core', 3, *some.split()]
+            for call, *more in ((grid, tmp_path / f'{len(told)}.jsonl'), (main_on,)):
+                if '--cold' not in some or call == grid:
+                    assert call(tmp_path, *more, *some) == 0
+                    told.append(capsys.readouterr().out.splitlines()[-1].split(' | ')[3:8])
+        assert told[0] == told[1] != told[2] == told[-1]
 
     def test_runs_that_train_alike_are_one(self, own, tmp_path, capsys, monkeypatch):
         results, rows = tmp_path / 'r.jsonl', 0
@@ -131,6 +140,8 @@ class TestRun:
         notes.write_text('user,note\nann,"[1"\n')
         assert grid(own, notes) == 2 and 'is no results file' in capsys.readouterr().err
         assert notes.read_text() == 'user,note\nann,"[1"\n'
+        for path in ('', f'{tmp_path}/new/'):
+            assert grid(own, path) == 2 and 'names no file' in capsys.readouterr().err
         assert grid(own, '/dev/null/r.jsonl') == 2
         for flags in (['--strategy', 'var,best'], ['--dim', '8,x'], ['--cold', '.5,2'],
                       ['--model', ''], ['--seeds', '0'], ['--save', tmp_path / 's'], ['--lr', 'x']):
@@ -143,10 +154,11 @@ class TestRun:
     def test_on_a_terminal_a_grid_has_one_live_line_that_an_error_replaces(self, own, tmp_path):
         pty = pytest.importorskip('pty')
         ours, theirs = pty.openpty()
-        command = [sys.executable, HERE / 'run.py', '--dataset', own, '--encoder', 'tfidf', '--dim',
-                   '8,5000', '--epochs', '2', '--results', tmp_path / 'r.jsonl']
+        command = [sys.executable, HERE / 'run.py', '--dataset', own.name, '--encoder', 'tfidf',
+                   '--dim', '8,5000', '--epochs', '2', '--results', 'r.jsonl']
         done = subprocess.Popen(list(map(str, command)), stdout=theirs, stderr=theirs,
-                                env={**os.environ, 'COLUMNS': '90', 'OMP_NUM_THREADS': '1'})
+                                cwd=tmp_path, env={**os.environ, 'COLUMNS': '95',
+                                                   'OMP_NUM_THREADS': '1'})
         try:
             os.close(theirs)
             out = b''
@@ -157,8 +169,8 @@ class TestRun:
         finally:
             done.kill()
         live = [part for part in out.decode().split('\r') if '1 of 2, time left unknown, ' in part]
-        assert live and all(len(part.removesuffix('\x1b[K')) < 90 for part in live)
-        assert 'epoch 2, best' in out.decode() or str(own)[:9] in live[0]
+        assert live and all(len(part.removesuffix('\x1b[K')) < 95 for part in live)
+        assert any('seed 0: epoch 2, best' in part for part in live)
         assert '\x1b[Krun.py: error: cannot keep 5000' in out.decode()
 
     @given(st.integers(0, 2 ** 32), st.floats(0, 1))
