@@ -66,6 +66,7 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     The selections keep values as they are. ValueError for vectors that are not finite, and for
     K > N, but with 'full' and 'noise'.
     """
+    vectors = np.asarray(vectors)                  # of a torch tensor too
     I, N = vectors.shape
     if strategy not in SELECTIONS:
         raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(SELECTIONS)}')
@@ -101,8 +102,12 @@ def pool_users(train, items0, pool='mean'):
 
     Section 3.2, eq. (1): u = sum_{i in N_u} v_i / |N_u| ('mean', as in the authors' code; the
     divisor in the scanned paper cannot be read), or over sqrt|N_u| ('sqrt'), or undivided ('sum').
-    A user without training items starts at zero.
+    A user without training items starts at zero. ValueError if train stores zeros.
     """
+    if pool not in POOLS:
+        raise ValueError(f'pool {pool!r}: expected one of {", ".join(POOLS)}')
+    if not train.data.all():
+        raise ValueError('train stores zeros: call train.eliminate_zeros()')
     size = np.diff(train.indptr)                                     # (U,) |N_u|
     weight = (np.repeat(size, size) ** POOLS[pool]).astype(np.result_type(items0, np.float32))
     history = sp.csr_matrix((weight, train.indices, train.indptr), train.shape)

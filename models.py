@@ -26,8 +26,8 @@ z is gathered once an epoch for evaluation.
 
 Not here: texts (embed.py), choosing dimensions (llminit.py), reading and splitting (data.py).
 Shapes: U users, I items, K dimensions, N text dimensions, B batch, L layers, R rows asked for,
-P pairs of user and item; a csr matrix holds each pair once. Needs numpy, scipy, torch. MIT licence,
-from LLMInit's reference implementation.
+P pairs of user and item; a csr matrix holds each pair once, no zeros. Needs numpy, scipy, torch.
+MIT licence, from LLMInit's reference implementation.
 """
 import atexit
 import contextlib
@@ -147,8 +147,10 @@ def gathered(x, K):
 def adjacency(observed):
     """A_hat = D^-1/2 A D^-1/2, users first: csr (U, I) -> csr (U+I, U+I) float32.
 
-    LightGCN eq. (8). A node without interactions has an empty row.
+    LightGCN eq. (8). A node without interactions has an empty row. ValueError for stored zeros.
     """
+    if not observed.data.all():
+        raise ValueError('observed stores zeros: call observed.eliminate_zeros()')
     of_user, items = np.diff(observed.indptr), observed.indices               # (U,), (pairs,)
     data = np.repeat(of_user, of_user) ** -.5 * np.bincount(items)[items] ** -.5
     upper = sp.csr_matrix((data, observed.indices, observed.indptr), observed.shape, np.float32)
@@ -669,6 +671,9 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     """
     if name not in MODELS:
         raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')
+    if (len(users0), len(items0)) != observed.shape:
+        raise ValueError(f'{len(users0)} users and {len(items0)} items, but observed has '
+                         f'{observed.shape[0]} and {observed.shape[1]}')
     check_alike((name, mask_seen, epochs, batch, lr, patience, settings, rng.bit_generator.state),
                 (observed.indptr, observed.indices, valid.indptr, valid.indices, users0, items0),
                 device)
