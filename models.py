@@ -553,7 +553,8 @@ def sample_negatives(observed, users, rng):
 
     No rejection: draws r and takes the r-th item that the user does NOT have. With the user's items
     sorted, p_0 < p_1 < ..., p_k - k others are below p_k, so the answer is r + |{k: p_k - k <= r}|:
-    one binary search over all rows at once. Users who have every item are not allowed.
+    one binary search over all rows at once. Not for users who have every item, nor for a csr whose
+    indices are not sorted.
     """
     n_items, degree = observed.shape[1], np.diff(observed.indptr)
     row = np.repeat(np.arange(len(degree)), degree)

@@ -75,7 +75,7 @@ def main(argv=None):
         warnings.simplefilter('ignore')                        # odd escapes in a literal
         for source, suffix, header, row in ((args.reviews, '.inter', REVIEW, review),
                                             (args.items, '.item', ITEM, item)):
-            convert(source, args.folder / (args.folder.name + suffix), header, row)
+            convert(source, args.folder / (args.folder.resolve().name + suffix), header, row)
     except (OSError, EOFError, zlib.error) as error:
         sys.exit(f'amazon2014: {error}')
 

@@ -78,7 +78,8 @@ def check(run):
     numbers += [ndcg for _, ndcg, _ in run['curve']]
     numbers += [part['NDCG@10'] for part in run['by training interactions, from'].values()]
     sum(numbers)                                                       # TypeError for other things
-    ''.join([*(run['settings'][name] for name in ('dataset', *PROTOCOL)), *run['training']])
+    words = [run['settings'][name] for name in ('dataset', 'model', 'strategy', *PROTOCOL)]
+    ''.join([*words, *run['training']])
 
 
 def tell_training(runs):

@@ -215,6 +215,8 @@ def parse(argv):
     p.add_argument('--seeds', default=1, type=llminit.number(int, 1), help='how many')
     p.add_argument('--results', default='results.jsonl', metavar='FILE', help='JSON lines')
     own, rest = p.parse_known_args(argv)
+    if int(os.environ.get('WORLD_SIZE') or 1) > 1:
+        p.error('several processes are for llminit.py: each would write all rows')
     cells = {}
     for seed, *values in itertools.product(range(own.seed, own.seed + own.seeds), *(
             [value] if value is None or os.path.exists(value) else value.split(',')
