@@ -1532,7 +1532,7 @@ class TestTfidf:
         rng = np.random.default_rng(0)
         words = [f'w{n}' for n in range(60)]
         texts = [' '.join(rng.choice(words[20 * (n % 3):20 * (n % 3) + 20], 8)) for n in range(90)]
-        found = embed.encode(texts + ['', '!'], 'tfidf')
+        found = embed.encode([*map(str.upper, texts), '', '!'], 'tfidf')   # small and large: one
         assert found.shape == (92, 60) and found.dtype == np.float32 and not found[90:].any()
         # full rank: the SVD turns the TF-IDF rows, so their cosines stay
         table = np.array([[text.split().count(word) for word in words] for text in texts])

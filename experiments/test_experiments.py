@@ -352,6 +352,14 @@ class TestReport:
             printed = capsys.readouterr().out.strip()
             assert printed in text[command.end():][:len(printed) + 400], command[1]
 
+    def test_a_recorded_run_is_not_run_again(self):
+        cells, path = run.parse([
+            '--dataset', 'office,beauty', '--model', 'lightgcn,sgcl', '--strategy', 'none,var',
+            '--seeds', '5', '--results', str(HERE / 'table1.jsonl')])
+        rows, _ = run.read_results(path)
+        known = {run.identity(row['settings'], row['training']) for row in rows}
+        assert {run.identity(run.settings_of(cell), cell.training) for cell in cells} < known
+
 
 def raw_review(user, item, rating=5.0):
     return json.dumps({'reviewerID': user, 'asin': item, 'reviewText': 'so\nso', 'overall': rating,
@@ -459,6 +467,13 @@ class TestPeers:
                                                             monkeypatch):
         for name, value in (('epochs', 2), ('batch', 64)):
             monkeypatch.setitem(peers.GRIDS['alpharec'], name, value)
+        told, train = [], peers.train_alpharec
+
+        def spy(train_, valid, vectors, lr, *more):
+            found = train(train_, valid, vectors, lr, *more)
+            told.append((max(epoch['ndcg'] for epoch in found[1]), lr))
+            return found
+        monkeypatch.setattr(peers, 'train_alpharec', spy)
         results, flags = tmp_path / 'r.jsonl', ['--dataset', str(own), '--encoder', 'tfidf',
                                                 '--seeds', '2', '--cold', '.2']
         assert grid(own, results, *flags[2:], '--strategy', 'none') == 0
@@ -468,7 +483,8 @@ class TestPeers:
         assert [row['settings']['model'] for row in rows] == ['lightgcn'] * 2 + [
             'ease', 'l3ae', 'alpharec'] * 2
         assert rows[2]['chosen']['lambda'] in peers.LAMBDAS
-        assert rows[4]['chosen']['lr'] in peers.RATES
+        assert [rows[n]['chosen']['lr'] for n in (4, 7)] == [max(told[:2])[1], max(told[2:])[1]]
+        assert told[0][0] != told[1][0]
         capsys.readouterr()
         report.main(['table', str(results), '--show', 'cost'])
         out = capsys.readouterr().out
