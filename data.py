@@ -20,7 +20,7 @@ with a header, which decides the delimiter (tab , ; or |).
     a comma in a rating is a decimal comma; a pair that was rated high and low is a positive
     quotes hold delimiters and line ends, but in an atomic file a quote is a letter
     text is every column of the item file in its order, but for ids and for those whose type is
-    float or, without a type, whose cells are mostly numbers or addresses
+    float, whose cells are mostly addresses or, without a type, mostly numbers
     the title is the column title, or name, or one that ends so, or the first text
     users are numbered by first appearance, items by the item file; of repeated items the first
     counts. Without an item file the texts are empty; a single file with a title is both
@@ -28,6 +28,7 @@ What is dropped of such a folder is counted on stderr. HTML stays; ratings are n
 U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
 LLMInit's reference implementation.
 """
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -174,8 +175,9 @@ def dataset_files(dataset, folder):
             for path in missing:
                 Path(scratch, path.name).replace(path)
     except (OSError, ValueError) as error:
-        raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand '
-                      '(experiments/amazon2014.py makes them from the raw files)') from None
+        raw = ' (experiments/amazon2014.py makes them from the raw files)' * (dataset in ZIPS)
+        raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand'
+                      + raw) from None
     return paths
 
 
@@ -207,7 +209,8 @@ def read_rows(path, columns, dropped):
         with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
             first = next(filter(str.strip, file), '')
             if first.startswith(('#', 'sep=')):
-                raise ValueError(f'the first line must be the header: delete {first[:60]!r}')
+                raise ValueError('the first line must be the header: delete it, or its # before '
+                                 f'the names: {first[:60]!r}')
             atomic = re.search(':(token|float)', first)    # a quote is a letter there
             csv.field_size_limit(1 << 24)                  # letters [ours: the default is too low]
             reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
@@ -217,22 +220,21 @@ def read_rows(path, columns, dropped):
             yield header(cells, columns)
             row = []
             while row is not None:
-                line = reader.line_num
-                try:
+                line, row = reader.line_num, cells         # a row that csv refuses is dropped too
+                with contextlib.suppress(csv.Error):
                     row = next(reader, None)
-                except csv.Error as error:
-                    if reader.line_num > line + 1:         # lines would be lost with it
-                        raise ValueError(
-                            f'the quote in line {line + 1} does not end before line '
-                            f'{reader.line_num} ({some([error])}); inside quotes double it')
-                    row = cells                            # is dropped too
                 if row and len(row) == len(cells) and row != cells:
                     yield row
+                elif row and reader.line_num > line + 1:   # lines would be lost with it
+                    raise ValueError(f'the quote in line {line + 1} does not end before line '
+                                     f'{reader.line_num}, and that row is unlike the header; '
+                                     'inside quotes double it')
                 elif row:
                     dropped.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
-                         ' pandas.read_csv(PATH, encoding=...).to_csv(PATH, index=False)') from None
+                         ' pandas.read_csv(PATH, dtype=str, encoding=...).to_csv(PATH, index=False)'
+                         ) from None
     except csv.Error as error:
         raise ValueError(f'{path}: {some([error])} in the file that begins {first[:60]!r}'
                          ) from None
@@ -340,7 +342,7 @@ def read_items(path, text_columns, columns):
         for asked in text_columns:
             same = [asked] if asked in table else [n for n in table if plain(n) == plain(asked)]
             if len(same) != 1:
-                raise ValueError(f'{path}: no column {some([asked])}; found {some(table)}')
+                raise ValueError(f'{path}: not one column {some([asked])}; found {some(table)}')
             taken += same
     title = [name for end in ('title', 'name', '.*title', '.*name') for name in table
              if re.fullmatch(end, plain(name))] + taken
@@ -366,7 +368,7 @@ def own_files(folder, columns):
             try:
                 headers[path] = next(read_rows(path, columns, []))
             except ValueError as error:
-                if path.suffix.lower() != '.txt':          # a .txt may be anything
+                if '.txt' not in path.name.lower():        # a .txt may be anything
                     raise
                 others.append(path.name + str(error).removeprefix(str(path)))
         else:
@@ -374,7 +376,7 @@ def own_files(folder, columns):
     pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
     wrong = [path for path, names in headers.items()
-             if not {'user_id', 'item_id'} & {*names} and path.suffix.lower() != '.txt']
+             if not {'user_id', 'item_id'} & {*names} and '.txt' not in path.name.lower()]
     idle = {*columns} - {theirs for names in headers.values() for name, (_, theirs) in names.items()
                          if columns.get(theirs) == name}
     if len(pairs) != 1 or len(items) > 1 or wrong or idle:
@@ -389,6 +391,8 @@ def own_files(folder, columns):
     others += [path.name for path in headers if path not in pairs + items]
     if others:
         note(f'{folder}: not read: {some(sorted(others))}')
+    if not {'rating', 'label'} & {*headers[pairs[0]]}:
+        note(f'{folder}: no column rating or label: every row is a positive')
     both = pairs if 'title' in headers[pairs[0]] else []               # one table of both
     return pairs[0], (items + both + [None])[0]
 
