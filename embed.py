@@ -4,9 +4,10 @@ encode() at the end is what people come for. MPNet (Song et al. 2020, arXiv 2004
 sentence-transformers: WordPiece tokens -> token vectors -> mean over the tokens -> L2 norm 1.
 
 Not here: training, choosing dimensions (llminit.py), other pooling than the mean, checkpoints that
-are not MPNet. Only characters newer than Unicode 8 may get other token ids than from the Rust
-tokenizer. Needs numpy, scipy, torch, requests, and pip for the PyPI source. Licence MIT; the MPNet
-weights are Apache-2.0 (huggingface.co/sentence-transformers/all-mpnet-base-v2).
+are not MPNet. Only characters that are newer than Unicode 8, or changed category since, may get
+other token ids than from the Rust tokenizer. Needs numpy, scipy, torch, requests, and pip for the
+PyPI source. Licence MIT; the MPNet weights are Apache-2.0
+(huggingface.co/sentence-transformers/all-mpnet-base-v2).
 
 Shapes: I items, N encoder width, B texts of one length, T tokens of a text, M tokens of a batch,
 H heads, V words (TF-IDF).
@@ -224,7 +225,7 @@ class Tokenizer:
         """vocab: list of tokens in the order of their ids."""
         self.ids = {token: n for n, token in enumerate(vocab)}
         if missing := {*SPECIALS, '<unk>'}.difference(vocab):
-            raise ValueError(f'vocab.txt lacks {sorted(missing)}; expected the one of an MPNet')
+            raise ValueError(f'the vocabulary lacks {sorted(missing)}; expected that of an MPNet')
         self.pieces = functools.cache(self.pieces)   # titles share most words
 
     def pieces(self, word):
@@ -341,33 +342,48 @@ class MPNet(nn.Module):
 
 def read_config(folder):
     """Token limit and epsilon of the norms of an MPNet folder in the hub's layout; MPNet's if no
-    file says. ValueError if it pools otherwise than by the mean, or if more than a norm follows."""
+    file says. ValueError for prompts, other pooling than the mean, more than a norm after it."""
     def read(name):
         path = Path(folder, name)
         return json.loads(path.read_text(encoding='utf8')) if path.is_file() else {}
     try:
         eps = read('config.json').get('layer_norm_eps', 1e-5)
         pooling = read('1_Pooling/config.json')
-        limit = int(read('sentence_bert_config.json').get('max_seq_length') or MAX_TOKENS)
+        limit = int(read('sentence_bert_config.json').get('max_seq_length')    # older, then newer
+                    or read('tokenizer_config.json').get('model_max_length') or MAX_TOKENS)
+        prompt = read('config_sentence_transformers.json').get('default_prompt_name')
         on = [key for key, on in pooling.items() if 'pooling_mode_' in key and on is True]
         mode = pooling.get('pooling_mode') or on     # a name, or older: a switch for each
         further = [path.parent.name for path in Path(folder).glob('[2-9]_*/config.json')
                    if 'Normalize' not in path.parent.name]
-        if further or pooling and mode not in ('mean', ['mean'], ['pooling_mode_mean_tokens']):
-            raise ValueError(f'pooling {mode}, then {further}; expected the mean, then a norm')
+        if (further or prompt
+                or pooling and mode not in ('mean', ['mean'], ['pooling_mode_mean_tokens'])):
+            raise ValueError(f'prompt {prompt}, pooling {mode}, then {further}; expected the mean,'
+                             ' a norm and no prompt')
         if not (limit > 1 and eps > 0):
             raise ValueError(f'{limit} tokens, layer_norm_eps {eps}')
     except DAMAGED as error:
-        raise ValueError(f'{folder}: config.json, sentence_bert_config.json or 1_Pooling/'
-                         f'config.json: {one_line(error)}') from None
+        raise ValueError(f'{folder}: one of the config.json and *_config.json files: '
+                         f'{one_line(error)}') from None
     return limit, eps
 
 
+def vocab_file(folder):
+    """vocab.txt of a folder, or tokenizer.json, which transformers 5 writes in its place."""
+    for path in (Path(folder, 'vocab.txt'), Path(folder, 'tokenizer.json')):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f'{folder} has no vocab.txt and no tokenizer.json; expected an MPNet')
+
+
 def load_mpnet(folder):
-    """Tokenizer, MPNet and token limit of a folder with vocab.txt and model.safetensors."""
-    limit, eps = read_config(folder)
+    """Tokenizer, MPNet and token limit of a folder with model.safetensors and a vocab_file()."""
+    (limit, eps), path = read_config(folder), vocab_file(folder)
     try:
-        vocab = Path(folder, 'vocab.txt').read_text(encoding='utf8').rstrip('\n').split('\n')
+        vocab = path.read_text(encoding='utf8').rstrip('\n').split('\n')
+        if path.suffix == '.json':
+            ids = json.loads(path.read_bytes())['model']['vocab']
+            vocab = sorted(ids, key=ids.get)
         tokenizer = Tokenizer(vocab)
         # Left out: the pooler and the language model's head, which no mean-pooled vector passes
         # through, and position_ids, which older checkpoints store though they only count.
@@ -377,9 +393,11 @@ def load_mpnet(folder):
         with torch.device('meta'):                   # no memory: the file's tensors are assigned
             model = MPNet(state, eps)
         model.load_state_dict(state, strict=True, assign=True)
-        model([torch.tensor([[len(vocab) - 1]])])    # do all shapes fit, and vocab.txt too?
+        model([torch.tensor([[0]])])                 # do all shapes fit?
+        if len(vocab) != (n_words := model.embeddings.word_embeddings.num_embeddings):
+            raise ValueError(f'{len(vocab)} tokens for {n_words} vectors: added tokens?')
     except DAMAGED as error:
-        raise ValueError(f'{folder}: vocab.txt and model.safetensors are not those of an MPNet: '
+        raise ValueError(f'{folder}: {path.name} and model.safetensors are not those of an MPNet: '
                          f'{one_line(error)}') from None
     positions = model.embeddings.position_embeddings.num_embeddings - PAD - 1
     return tokenizer, model.eval(), min(limit, positions)
@@ -458,7 +476,8 @@ def cached(texts, cache, name, settings, compute):
 def mpnet(texts, folder, cache, device):
     """(I, N) vectors from the MPNet checkpoint in folder, or from the pinned one if it is None."""
     pinned, folder = folder is None, folder or cache / NAME
-    hashes = [sha256 if pinned else sha256_of(folder / name) for name, (sha256, _) in FILES.items()]
+    hashes = [sha256 for sha256, _ in FILES.values()] if pinned else [
+        sha256_of(path) for path in (vocab_file(folder), folder / 'model.safetensors')]
     dtype = fast_dtype(device)
 
     def compute(texts):
@@ -565,7 +584,8 @@ def endpoint():
 
 def post(path, body, field):
     """The endpoint's JSON answer to body, a dict with this field, and the number of `retries`
-    after broken connections, 429 and 5xx. OSError with the server's words and .status, or None."""
+    after 429, 5xx and connections that broke before an answer. OSError with the server's words and
+    .status, or None."""
     (base, key), status = endpoint(), None
     again = Retry(6, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
                   allowed_methods=None, raise_on_status=False)
@@ -648,7 +668,7 @@ def encode(texts, encoder='mpnet', *, ids=None, cache='~/.cache/llminit', device
 
     texts    list of I strings; an empty one is fine
     encoder  'mpnet' (N = 768, fetched once into cache), the folder of another MPNet checkpoint
-             (model.safetensors, vocab.txt, and the hub's configs for layer_norm_eps, token limit
+             (model.safetensors, vocab.txt or tokenizer.json, and configs for epsilon, token limit
              and pooling), 'tfidf' (N = min(768, I, words)), 'openai:MODEL' (any OpenAI-compatible
              server, by OPENAI_BASE_URL and OPENAI_API_KEY), or a file of vectors, see from_file()
     ids      list of I strings, the items' ids, for files with ids

@@ -1438,13 +1438,14 @@ class TestMPNet:
         ('config.json', '{"layer_norm_eps": 0}', 'layer_norm_eps 0'),
         ('config.json', '{"layer_norm_eps": "x"}', 'config.json'),
         ('config.json', '[' * 100_000, 'config.json'), ('vocab.txt', '<s>\n</s>', 'lacks .*UNK'),
-        ('vocab.txt', '\n'.join(SPECIALS + ['a'] * 40000), 'not those of an MPNet: index'),
+        ('vocab.txt', '\n'.join([*VOCAB, 'new']), 'MPNet: .* vectors: added'),
         ('model.safetensors', headed(b'{}').decode(), 'not those of an MPNet: .*word_emb'),
         *(('sentence_bert_config.json', f'{{"max_seq_length": {value}}}', match) for value, match
           in (('-Infinity', 'config.json'), ('"x"', 'config.json'), ('-5', '-5 tokens'))),
         ('1_Pooling/config.json', '{"pooling_mode_cls_token": true}', 'cls_token.*expected the m'),
         ('1_Pooling/config.json', '{"pooling_mode": "max"}', 'pooling max, .*expected the mean'),
         ('1_Pooling/config.json', '{"pooling_mode": ["mean", "max"]}', 'expected the mean'),
+        ('config_sentence_transformers.json', '{"default_prompt_name": "q"}', 'prompt q, '),
         ('2_Dense/config.json', '{}', "then .'2_Dense'.; expected")])
     def test_a_damaged_checkpoint(self, tiny, tmp_path, name, text, match):
         embed.encode(['a'], tiny, cache=tmp_path)    # a cache does not hide it
@@ -1461,8 +1462,15 @@ class TestMPNet:
                         {'pooling_mode_cls_token': False, 'pooling_mode_mean_tokens': True}):
             (tiny / '1_Pooling' / 'config.json').write_text(json.dumps(pooling))
             assert (embed.encode(TEXTS, tiny, cache=tmp_path) == first).all()
-        (tiny / 'sentence_bert_config.json').write_text('{"max_seq_length": 5}')
+        (tiny / 'tokenizer_config.json').write_text('{"model_max_length": 5}')
         short = embed.encode(TEXTS, tiny, cache=tmp_path)              # not the old vectors
+        (tiny / 'sentence_bert_config.json').write_text('{"max_seq_length": 50}')    # goes first
+        assert embed.load_mpnet(tiny)[2] == 50
+        (tiny / 'sentence_bert_config.json').write_text('{}')
+        ids = {token: n for n, token in enumerate(VOCAB)}
+        (tiny / 'vocab.txt').unlink()                                  # as transformers 5 saves it
+        (tiny / 'tokenizer.json').write_text(json.dumps({'model': {'vocab': ids}}))
+        assert (embed.encode(TEXTS, tiny, cache=tmp_path) == short).all()
         cut = embed.encode(['red tea', 'a b c', 'a a a'], tiny, cache=tmp_path)
         assert np.abs(short[[0, 2, 8]] - cut).max() < 1e-6
         (tiny / 'config.json').write_text('{"layer_norm_eps": 0.1}')
@@ -1507,6 +1515,8 @@ class TestCache:
         first = embed.encode(TEXTS, tiny, cache=tmp_path)
         embed.encode(TEXTS + ['more'], tiny, cache=tmp_path)
         embed.encode(TEXTS[::-1], tiny, cache=tmp_path)
+        for texts in (['ab', 'c'], ['a', 'bc']):
+            embed.encode(texts, tiny, cache=tmp_path)
         other = {'float32': 'bfloat16', 'bfloat16': 'float32'}[embed.fast_dtype('cpu')]
         for name, value in (('VERSION', 0), ('fast_dtype', lambda device: other)):
             with monkeypatch.context() as patch:
@@ -1514,7 +1524,7 @@ class TestCache:
                 embed.encode(TEXTS, tiny, cache=tmp_path)
         tiny_mpnet(tiny, seed=1)                     # other weights under the same name
         assert not np.allclose(embed.encode(TEXTS, tiny, cache=tmp_path), first)
-        assert len(calls) == len(list((tmp_path / 'vectors').iterdir())) == 6
+        assert len(calls) == len(list((tmp_path / 'vectors').iterdir())) == 8
 
     def test_an_interrupted_run_leaves_nothing(self, tiny, tmp_path, monkeypatch):
         def stop(*_):
@@ -1528,7 +1538,7 @@ class TestCache:
         (['a'], 'bert', 'expected mpnet, tfidf, openai'),
         (['a'], 'openai:', 'expected mpnet, tfidf, openai'),
         (['', ' '], 'mpnet', 'no item has a text'), (['a', math.nan], 'tfidf', 'text 1 is a float'),
-        (['!', '.'], 'tfidf', 'no text has a word'), (['a'], '.', 'vocab.txt'),
+        (['!', '.'], 'tfidf', 'no text has a word'), (['a'], '.', 'no vocab.txt and no'),
         (['a'], 'tiny', 'cannot write the cache')])
     def test_errors_of_encode(self, tiny, monkeypatch, texts, encoder, match):
         monkeypatch.chdir(tiny.parent)
@@ -1668,6 +1678,8 @@ class TestEndpoint:
         monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))           # which is not looked into
         assert self.through(endpoint, tmp_path) == []                  # a hit asks nothing
         assert self.through(endpoint, tmp_path, model='n') == [3, 3, 2]
+        monkeypatch.setenv('OPENAI_BASE_URL', endpoint.url + 'v2')     # another server's 'm'
+        assert self.through(endpoint, tmp_path) == [3, 3, 2]
         monkeypatch.setattr(embed, 'VERSION', 0)
         assert self.through(endpoint, tmp_path) == [3, 3, 2]
         assert endpoint.asked[-1][2]['Authorization'] is None and capsys.readouterr().err == ''
