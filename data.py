@@ -19,8 +19,8 @@ with a header, which decides the delimiter (tab , ; or |).
     ratings that are all 0 or 1, or False or True, are labels: 1 is a positive
     a comma in a rating is a decimal comma; a pair that was rated high and low is a positive
     quotes hold delimiters and line ends, but in an atomic file a quote is a letter
-    text is every column of the item file in its order, but for ids and for those whose type is
-    float, whose cells are mostly addresses or, without a type, mostly numbers
+    text: the columns of the item file in order, except ids, the type float, columns that are mostly
+    addresses and columns without a type that are mostly numbers
     the title is the column title, or name, or one that ends so, or the first text
     users are numbered by first appearance, items by the item file; of repeated items the first
     counts. Without an item file the texts are empty; a single file with a title is both
@@ -292,7 +292,7 @@ def to_number(text):
 
 def read_interactions(path, min_rating, columns, timestamps):
     """Of the rows that are interactions, by time if with timestamps: user and item codes (E,) and
-    positive or not (E,); the users' and the items' ids; {why: how many} of the other rows."""
+    positive or not (E,); the users' and the items' ids; {why a row is no positive: how many}."""
     needed = ['user_id', 'item_id'] + ['timestamp'] * timestamps
     table, _, lost = read_table(path, columns, needed, ('rating', 'label'))
     users, user_ids = clean_ids(*table['user_id'], path)
@@ -349,7 +349,7 @@ def read_items(path, text_columns, columns):
     numbers, rows = np.unique(codes, return_index=True)    # by first appearance; -1: no id
     rows = rows[numbers >= 0]
     lost |= {'without an item_id': (codes < 0).sum(),
-             'of an item_id that is above': (codes >= 0).sum() - len(rows)}
+             'with a repeated item_id': (codes >= 0).sum() - len(rows)}
     if not both and any(lost.values()):
         note(f'{path}: {len(rows):,} items stay{counted(lost)}')
 
@@ -422,9 +422,9 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
 
     dataset: beauty, toys, tools, office, ml-100k (in or into folder), or a folder of your own.
     min_rating: lower ratings are no positives [paper: 4]. core: users and items with fewer
-    interactions go [paper: 5]; 0 or 1: none. columns: {name in your files: 'user_id', 'item_id',
-    'rating', 'timestamp' or 'title'}. text_columns: names of the columns that make the text; None:
-    title, brand and categories of the Amazon sets, else as above.
+    interactions are dropped [paper: 5]; 0 or 1: no filter. columns: {name in your files: 'user_id',
+    'item_id', 'rating', 'timestamp' or 'title'}. text_columns: names of the columns that make the
+    text; None: title, brand and categories of the Amazon sets, else as above.
     Returns interactions (csr U x I, float32 ones; with timestamps their order in time, from 1),
     texts [I], titles [I], ids of users [U] and items [I], and low (csr U x I): what these users
     rated lower, which should not be recommended to them.

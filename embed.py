@@ -218,7 +218,7 @@ class Tokenizer:
 
     >>> Tokenizer(vocab)('Crème brûlée!')        # <s> creme br ##ule ##e ! </s>
 
-    `a</s>b` holds the real </s>. There are no offsets, pairs of texts, case and padding.
+    `a</s>b` holds the real </s>. There are no offsets, pairs of texts, case or padding.
     """
 
     def __init__(self, vocab):

@@ -5,16 +5,16 @@ K of the N dimensions are kept, the same K for every item, and the item table of
 collaborative filtering model starts from them; each user starts from the pool of the items in the
 user's training history. Then everything trains as usual. At run time no language model is needed.
 
-The method is select_dims (section 3.1) and pool_users (section 3.2, eq. (1)). main() is the whole
-path from data to result, a line a stage:
+The method is select_dims (section 3.1) and pool_users (section 3.2, eq. (1)); joint is our own
+alternative to select_dims. main() is the whole path from data to result, a line a stage:
 
     data.load -> embed.encode -> data.split -> select_dims -> pool_users -> models.train
               -> models.evaluate -> one table row
 
     python llminit.py --dataset beauty --strategy var
 
-The two functions need numpy and scipy only, and this file works alone; main() needs data.py,
-embed.py and models.py beside it. MIT licence.
+The functions need numpy and scipy only, and this file works alone; main() needs data.py, embed.py
+and models.py beside it. MIT licence.
 Shapes: U users, I items, N encoder width, K kept dimensions.
 """
 import argparse
@@ -51,7 +51,7 @@ def principal(vectors, K, whiten=0.):
 
 
 def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
-    """Make K of the N dimensions of item vectors: (I, N) -> (I, K). Section 3.1 of the paper.
+    """Reduce item vectors to K dimensions: (I, N) -> (I, K). Section 3.1 of the paper.
 
     'uni'    dimensions k floor(N/K), k = 0..K-1
     'rand'   K distinct dimensions drawn from rng (the authors' code draws with replacement)
@@ -63,8 +63,8 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     'noise'  no text: normal numbers of the vectors' root mean square, as a control: a gain with it
              comes from scale and pooling
 
-    The selections keep values as they are. ValueError for vectors that are not finite, and for
-    K > N, but with 'full' and 'noise'.
+    The first three and 'full' copy values. ValueError for vectors that are not finite, and for
+    K > N except with 'full' and 'noise'.
     """
     vectors = np.asarray(vectors)                  # of a torch tensor too
     I, N = vectors.shape
@@ -118,9 +118,10 @@ def joint(vectors, train, K, text=10., ridge=30.):
     """The K strongest directions of interactions and text: (I, N), csr (U, I) -> (I, K). [ours]
 
     M = D^-1/2 (X'X + text F F' + ridge Id) D^-1/2: X is train, F the vectors at length 1, D the
-    diagonal, |N_i| + text + ridge. From M = V diag(mu) V', mu descending: the columns of V times
-    sqrt(1 - 1/mu), zero for mu <= 1: the root of rank K of Id - M^-1, which is about the item-item
-    matrix of EASE (arXiv 1905.03375) with the text as further users. No (I, I) matrix is made.
+    diagonal matrix of |N_i| + text + ridge, N_i the users of item i. With M = V diag(mu) V', mu
+    descending, J is the first K columns of V times sqrt(1 - 1/mu), zero for mu <= 1. So J J' keeps
+    the K largest eigenvalues of Id - M^-1, which is close to the item-item matrix of EASE (arXiv
+    1905.03375) with the dimensions of the text as further users. No (I, I) matrix is made.
     """
     vectors = vectors.astype(np.result_type(vectors, np.float32), copy=False)
     degree = np.bincount(train.indices, minlength=len(vectors))                      # (I,) |N_i|
@@ -142,12 +143,12 @@ def xavier(rng, rows, K):
     return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
 
 
-# Training: batch, learning rate of Adam, epochs without a better validation before it stops.
+# Training: batch, learning rate of Adam, epochs without a better validation NDCG@10.
 # [paper], [authors' code], [ours] say where a number comes from.
 PAPER = dict(batch=256, lr=1e-3, patience=10)              # [authors' code]
 OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good as PAPER in less time]
-        'sgl': dict(batch=2048, lr=3e-3, patience=7),      # [ours: 189 of 192 runs as with 10]
-        'sgcl': dict(PAPER, patience=7)}   # its negatives are in the batch, which stays as it is
+        'sgl': dict(batch=2048, lr=3e-3, patience=7),      # [ours: 189 of 192 runs end as with 10]
+        'sgcl': dict(PAPER, patience=7)}   # its batch is its negatives, so its size stays
 
 
 def training(args):
@@ -158,11 +159,12 @@ def training(args):
                 patience=args.patience, **own.get(args.model, {}))
 
 
-def result_row(args, K, scores, curve, seconds, flags):
-    """{column: value} of the table row of a run. scores: Recall@10 and NDCG@10 of the users."""
+def result_row(args, K, metrics, curve, seconds, flags):
+    """{column: value} of the table row of a run. metrics: Recall@10 and NDCG@10 of the users."""
     best = [epoch['epoch'] for epoch in curve if epoch['best']][-1]      # whose tables are kept
     return {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
-            'Recall@10': f'{scores[0].mean():.4f}', 'NDCG@10': f'{scores[1].mean():.4f}', 'K': K,
+            'Recall@10': f'{metrics[0].mean():.4f}',
+            'NDCG@10': f'{metrics[1].mean():.4f}', 'K': K,
             'seed': args.seed, 'best epoch': best, 'seconds': round(seconds),
             'command': shlex.join(flags) or '-'}
 
@@ -248,7 +250,7 @@ def parser():
     def add(flag, help, **how):
         p.add_argument(flag, help=help + ' (%(default)s)' * ('default' in how), **how)
     add('--dataset', 'beauty, toys, tools, office, ml-100k, or your folder', default='ml-100k')
-    add('--min-rating', 'lower ratings go', default=4., type=number(float, -1e9, 1e9))
+    add('--min-rating', 'lower ratings are dropped', default=4., type=number(float, -1e9, 1e9))
     add('--core', 'interactions that users and items must have', default=5, type=number(int, 0))
     add('--columns', 'what user_id, item_id, rating, timestamp or title is called in your files',
         metavar='NAME=THEIRS', nargs='+', type=pair)
@@ -256,7 +258,7 @@ def parser():
         type=lambda text: text.split(','))
     add('--split', 'random leave-one-out [paper], or the last by timestamp', default='random',
         choices=('random', 'last'))
-    add('--strategy', 'which dimensions; none: no text', default='var',
+    add('--strategy', 'which dimensions; none: random; joint: with interactions', default='var',
         choices=('none', *SELECTIONS, 'joint'))
     add('--model', 'what is trained; morec takes all N dimensions', default='lightgcn',
         choices=('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr'))
@@ -270,7 +272,7 @@ def parser():
     add('--views', 'sgl: what is dropped', default='edge', choices=('edge', 'node', 'walk'))
     add('--tau', 'sgl, sgcl: temperature', default=.2, type=number(float, 1e-3, 100))
     add('--seen', 'keep: seen items are ranked [paper]', default='mask', choices=('mask', 'keep'))
-    add('--preset', 'of --batch, --lr and --patience', default='ours', choices=('ours', 'paper'))
+    add('--preset', 'sets --batch, --lr and --patience', default='ours', choices=('ours', 'paper'))
     add('--batch', 'interactions a step', type=number(int, 1))
     add('--lr', "Adam's learning rate", type=number(float, 1e-9, 100))
     add('--patience', 'epochs without a better validation', type=number(int, 1))
@@ -278,8 +280,8 @@ def parser():
     add('--seed', 'of split, start and training', default=0, type=number(int, 0))
     add('--device', 'where it runs', default='auto', choices=('auto', 'cpu', 'cuda'))
     add('--data', 'datasets are here or are fetched to here', default='data', metavar='DIR')
-    add('--cache', 'of weights and vectors', default='~/.cache/llminit', metavar='DIR')
-    add('--save', 'write vectors, ids, scores and recommendations there', metavar='DIR')
+    add('--cache', 'for weights and vectors', default='~/.cache/llminit', metavar='DIR')
+    add('--save', 'write vectors, ids, metrics and recommendations there', metavar='DIR')
     add('--top', 'recommendations for each user', default=10, type=number(int, 1))
     return p
 
@@ -334,13 +336,13 @@ def main(argv=None):
                                 log=say, **training(args))
     users, items = model.embeddings()                                        # (U, K), (I, K)
     seen = train + valid if args.seen == 'mask' else None
-    scores = models.evaluate(users, items, test, seen)     # (n,) twice: the users with a test item
-    row = result_row(args, items.shape[1], scores, curve, time.time() - started,
+    metrics = models.evaluate(users, items, test, seen)    # (n,) twice: the users with a test item
+    row = result_row(args, items.shape[1], metrics, curve, time.time() - started,
                      sys.argv[1:] if argv is None else argv)
     say(lines_of(row))
     if args.save and rank == 0:
         recommended = models.recommend(users, items, interactions + low, args.top)  # (U, top) twice
-        run = {'settings': vars(args), 'scores': row, 'users': user_ids, 'items': item_ids}
+        run = {'settings': vars(args), 'metrics': row, 'users': user_ids, 'items': item_ids}
         save(args.save, users.cpu().numpy(), items.cpu().numpy(), run, recommended, titles)
 
 

@@ -26,8 +26,8 @@ z is gathered once an epoch for evaluation.
 
 Not here: texts (embed.py), choosing dimensions (llminit.py), reading and splitting (data.py).
 Shapes: U users, I items, K dimensions, N text dimensions, B batch, L layers, R rows asked for,
-P pairs of user and item; a csr matrix holds each pair once, no zeros. Needs numpy, scipy, torch.
-MIT licence, from LLMInit's reference implementation.
+P pairs of user and item, C of them at a time; a csr matrix holds each pair once, no zeros. Needs
+numpy, scipy, torch. MIT licence, from LLMInit's reference implementation.
 """
 import atexit
 import contextlib
@@ -181,8 +181,8 @@ def receptive_field(graphs, nodes):
 
 
 def spmm(block, x):
-    """block @ x (N, K) -> (M, K). block: scipy csr (M, N), scipy csc (N, M) taken transposed, or
-    a sparse torch tensor (M, N).
+    """Products of rows: x (R, K) -> (M, K). block: csr or sparse tensor (M, R), for block @ x, or
+    csc (R, M), for block.T @ x.
 
     On a CPU embedding_bag computes the weighted sums of rows in half the time of torch's and
     scipy's CSR products or less [ours: measured, 2 cores].
@@ -459,10 +459,10 @@ MODELS = {'lightgcn': LightGCN, 'sgl': SGL, 'sgcl': SGCL, 'morec': MoRec, 'bpr':
 
 @torch.no_grad()
 def outranked(users, items, pair_user, pair_item, need):
-    """Whether certainly need (P,) items or more score above each target: -> bool (P,).
+    """Which targets certainly have `need` (P,) items or more above them -> bool (P,).
 
-    Looks at the eighth of the items with the longest vectors, which fill most first places, and
-    counts only scores that are higher by more than two dot products can differ by rounding.
+    Counts only the eighth of the items with the longest vectors, which fill most first places, and
+    only scores that are higher by more than two dot products can differ by rounding.
     """
     sizes, K = torch.linalg.vector_norm(items, dim=1), items.shape[1]                   # (I,)
     head = items[sizes.topk(len(items) // 8).indices].T                                 # (K, I/8)
@@ -478,13 +478,13 @@ def outranked(users, items, pair_user, pair_item, need):
     return out
 
 
-def ranks_in(scores, target, taken=None):
-    """The rank of each row's target, from 0: (C, I), which changes, items (C,) -> (C,) numpy int64.
-    taken: csr (C, I) or None; what it holds, and what is equal, counts as in target_ranks()."""
+def ranks_in(scores, target, seen=None):
+    """Ranks, from 0, of one target a row: scores (C, I), overwritten, target (C,) -> (C,) int64.
+    seen: csr (C, I) or None; it and equal scores count as in target_ranks()."""
     row = np.arange(len(target))
     own = scores[row, target]                                                           # (C,)
-    if taken is not None:
-        scores[np.repeat(row, np.diff(taken.indptr)), taken.indices] = -torch.inf
+    if seen is not None:
+        scores[np.repeat(row, np.diff(seen.indptr)), seen.indices] = -torch.inf
         scores[row, target] = own
     below = scores.lt_(own[:, None]).sum(1, dtype=torch.float32)     # in place; exact to 2^24 items
     return scores.shape[1] - 1 - below.cpu().numpy().astype(np.int64)
@@ -575,8 +575,8 @@ def train_epoch(model, step, observed, batch, rng):
     can = np.diff(observed.indptr)[pairs[0]] < observed.shape[1]       # is there any negative?
     if not can.any():
         raise ValueError('no user has an item and lacks another: there is nothing to rank')
-    users, positives = pairs[:, rng.permutation(np.flatnonzero(can))]                   # (E,)
-    triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, E)
+    users, positives = pairs[:, rng.permutation(np.flatnonzero(can))]                   # (P,)
+    triples = np.stack([users, positives, sample_negatives(observed, users, rng)])      # (3, P)
     triples, total = torch.from_numpy(triples).to(model.table.device), 0.
     for part in triples.split(batch, dim=1):                                            # (3, B)
         total += step(part) * part.shape[1]
@@ -603,13 +603,13 @@ def on_busy_cores(step, batch):
     """step((3, B)) -> loss, with one thread where that is faster than with all of torch's.
 
     Beside another busy program threads wait for each other at the end of every operation: a step
-    takes 2 to 30 times as long [measured]. The first three steps, with one thread, say what is to
-    be expected; where others are slower, one goes on alone for the next hundred, and meanwhile for
-    what the caller does. Where K is a multiple of 64 figures stay the same [measured: MKL, 1 to 16
-    threads], but for the short last batch, which therefore always has one; elsewhere MKL's sums
-    depend on the threads, and train() uses all.
+    takes 2 to 30 times as long [measured]. The first three steps, on one thread, are the time to
+    beat. If a step on all takes 4 times that, or the median of five 1.2 times, the next hundred
+    steps, and what the caller does between them, use one. If K is a multiple of 64, figures do not
+    depend on the threads [measured: MKL, 1 to 16] except in the short last batch, which therefore
+    always uses one; for other K train() uses all threads.
     """
-    threads, alone, shared, left = torch.get_num_threads(), [], [], 3
+    threads, alone, ratios, left = torch.get_num_threads(), [], [], 3
 
     def timed(part):
         nonlocal left
@@ -622,11 +622,11 @@ def on_busy_cores(step, batch):
         if len(alone) < 3:
             alone.append(seconds)
         elif not one:
-            shared.append(seconds / sorted(alone)[1])
-            far = shared[-1] > 4
-            if far or len(shared) == 5:
-                left = 100 if far or np.median(shared) > 1.2 else 0
-                shared.clear()
+            ratios.append(seconds / sorted(alone)[1])
+            far = ratios[-1] > 4
+            if far or len(ratios) == 5:
+                left = 100 if far or np.median(ratios) > 1.2 else 0
+                ratios.clear()
         torch.set_num_threads(1 if left else threads)
         return loss
     return timed

@@ -448,7 +448,7 @@ class TestSave:
         run = json.loads((saved / 'run.json').read_text())
         users, items = (np.load(saved / name) for name in ('users.npy', 'items.npy'))
         assert users.shape == (120, 8) and items.shape == (60, 8) and users.dtype == np.float32
-        assert run['settings']['dim'] == 8 and run['scores']['model'] == 'lightgcn'
+        assert run['settings']['dim'] == 8 and run['metrics']['model'] == 'lightgcn'
         head, *lines = (line.split('\t') for line in
                         (saved / 'recommendations.tsv').read_text().splitlines())
         assert head == ['user_id', 'rank', 'item_id', 'score', 'title']
