@@ -207,7 +207,8 @@ def read_rows(path, columns, dropped):
         with open(path, 'rb') as file:
             opener = gzip.open if file.read(2) == b'\x1f\x8b' else open
         with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
-            first = next(filter(str.strip, file), '')
+            filled = ((n, line) for n, line in enumerate(file) if line.strip())
+            above, first = next(filled, (0, ''))           # blank lines above the header
             if first.startswith(('#', 'sep=')):
                 raise ValueError('the first line must be the header: delete it, or its # before '
                                  f'the names: {first[:60]!r}')
@@ -218,19 +219,19 @@ def read_rows(path, columns, dropped):
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
             cells = next(reader)
             yield header(cells, columns)
-            row = []
+            row, at = [], above + reader.line_num
             while row is not None:
-                line, row = reader.line_num, cells         # a row that csv refuses is dropped too
+                line, row = at + 1, cells                  # a row that csv refuses is dropped too
                 with contextlib.suppress(csv.Error):
                     row = next(reader, None)
+                at = above + reader.line_num
                 if row and len(row) == len(cells) and row != cells:
                     yield row
-                elif row and reader.line_num > line + 1:   # lines would be lost with it
-                    raise ValueError(f'the quote in line {line + 1} does not end before line '
-                                     f'{reader.line_num}, and that row is unlike the header; '
-                                     'inside quotes double it')
+                elif row and at > line:                    # lines would be lost with it
+                    raise ValueError(f'the quote in line {line} does not end before line {at}, and '
+                                     'that row is unlike the header; inside quotes double it')
                 elif row:
-                    dropped.append(reader.line_num)
+                    dropped.append(at)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
                          ' pandas.read_csv(PATH, dtype=str, encoding=...).to_csv(PATH, index=False)'

@@ -956,6 +956,7 @@ CASES = [
      "error: no rows with the 2 cells of the header, but 2 others: R's row"),
     ('one bad row', '@ / a,1', r'item_id,title / 1,tea / 2,"the \"green\" tea" / 3,cup',
      'a1 | tea | 2 items stay, 1 unlike the header .line 3.'),
+    ('blank lines first', '\n\n@ / a,1 / b', I, 'a1 | tea | 1 unlike the header .line 5.'),
     ('too few cells', '@ / a,1 / b\n / c,1,5 / d,2', I,
      'a1 d2 | tea, cup | 2 unlike the header .line 3, 5.'),
     ('a quote that never ends', '@ / a,1 / "b,1 / c,1 / d,2', I,
