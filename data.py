@@ -28,7 +28,6 @@ What is dropped of such a folder is counted on stderr. HTML stays; ratings are n
 U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
 LLMInit's reference implementation.
 """
-import contextlib
 import csv
 import gzip
 import hashlib
@@ -210,8 +209,8 @@ def read_rows(path, columns, dropped):
             filled = ((n, line) for n, line in enumerate(file) if line.strip())
             above, first = next(filled, (0, ''))           # blank lines above the header
             if first.startswith(('#', 'sep=')):
-                raise ValueError('the first line must be the header: delete it, or its # before '
-                                 f'the names: {first[:60]!r}')
+                raise ValueError('the first line must be the header: delete'
+                                 f"{' the # or' * (first[0] == '#')} the line {first[:60]!r}")
             atomic = re.search(':(token|float)', first)    # a quote is a letter there
             csv.field_size_limit(1 << 24)                  # letters [ours: the default is too low]
             reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
@@ -222,14 +221,17 @@ def read_rows(path, columns, dropped):
             row, at = [], above + reader.line_num
             while row is not None:
                 line, row = at + 1, cells                  # a row that csv refuses is dropped too
-                with contextlib.suppress(csv.Error):
+                try:
                     row = next(reader, None)
+                except csv.Error:
+                    pass
                 at = above + reader.line_num
                 if row and len(row) == len(cells) and row != cells:
                     yield row
                 elif row and at > line:                    # lines would be lost with it
-                    raise ValueError(f'the quote in line {line} does not end before line {at}, and '
-                                     'that row is unlike the header; inside quotes double it')
+                    raise ValueError(f'lines {line} to {at} are one row by their quotes, but not '
+                                     f'of {len(cells)} cells as the header: double quotes inside '
+                                     'quotes, and quote cells that hold the delimiter')
                 elif row:
                     dropped.append(at)
     except UnicodeDecodeError as error:
@@ -343,7 +345,7 @@ def read_items(path, text_columns, columns):
         for asked in text_columns:
             same = [asked] if asked in table else [n for n in table if plain(n) == plain(asked)]
             if len(same) != 1:
-                raise ValueError(f'{path}: not one column {some([asked])}; found {some(table)}')
+                raise ValueError(f'{path}: expected a column {some([asked])}, found {some(table)}')
             taken += same
     title = [name for end in ('title', 'name', '.*title', '.*name') for name in table
              if re.fullmatch(end, plain(name))] + taken
@@ -364,12 +366,13 @@ def read_items(path, text_columns, columns):
 def own_files(folder, columns):
     """The interaction file, and the item file or None, of a folder, found by their columns."""
     headers, others = {}, []
+    any_text = re.compile(r'\.txt(\.gz)?$', re.I).search              # a .txt may be anything
     for path in sorted(path for path in Path(folder).iterdir() if path.name[0] != '.'):
         if path.is_file() and re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.I):
             try:
                 headers[path] = next(read_rows(path, columns, []))
             except ValueError as error:
-                if '.txt' not in path.name.lower():        # a .txt may be anything
+                if not any_text(path.name):
                     raise
                 others.append(path.name + str(error).removeprefix(str(path)))
         else:
@@ -377,7 +380,7 @@ def own_files(folder, columns):
     pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
     wrong = [path for path, names in headers.items()
-             if not {'user_id', 'item_id'} & {*names} and '.txt' not in path.name.lower()]
+             if not {'user_id', 'item_id'} & {*names} and not any_text(path.name)]
     idle = {*columns} - {theirs for names in headers.values() for name, (_, theirs) in names.items()
                          if columns.get(theirs) == name}
     if len(pairs) != 1 or len(items) > 1 or wrong or idle:

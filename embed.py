@@ -351,20 +351,20 @@ def read_config(folder):
         pooling = read('1_Pooling/config.json')
         limit = int(read('sentence_bert_config.json').get('max_seq_length')    # older, then newer
                     or read('tokenizer_config.json').get('model_max_length') or MAX_TOKENS)
-        prompt = read('config_sentence_transformers.json').get('default_prompt_name')
+        prompts = read('config_sentence_transformers.json')
+        prompt = (prompts.get('prompts') or {}).get(prompts.get('default_prompt_name'))
         on = [key for key, on in pooling.items() if 'pooling_mode_' in key and on is True]
         mode = pooling.get('pooling_mode') or on     # a name, or older: a switch for each
         further = [path.parent.name for path in Path(folder).glob('[2-9]_*/config.json')
                    if 'Normalize' not in path.parent.name]
         if (further or prompt
                 or pooling and mode not in ('mean', ['mean'], ['pooling_mode_mean_tokens'])):
-            raise ValueError(f'prompt {prompt}, pooling {mode}, then {further}; expected the mean,'
-                             ' a norm and no prompt')
+            raise ValueError(f'prompt {prompt!r}, pooling {mode}, then {further}; expected the'
+                             ' mean, a norm and no prompt')
         if not (limit > 1 and eps > 0):
             raise ValueError(f'{limit} tokens, layer_norm_eps {eps}')
     except DAMAGED as error:
-        raise ValueError(f'{folder}: one of the config.json and *_config.json files: '
-                         f'{one_line(error)}') from None
+        raise ValueError(f'{folder}: config.json or another config: {one_line(error)}') from None
     return limit, eps
 
 
@@ -395,7 +395,7 @@ def load_mpnet(folder):
         model.load_state_dict(state, strict=True, assign=True)
         model([torch.tensor([[0]])])                 # do all shapes fit?
         if len(vocab) != (n_words := model.embeddings.word_embeddings.num_embeddings):
-            raise ValueError(f'{len(vocab)} tokens for {n_words} vectors: added tokens?')
+            raise ValueError(f'{len(vocab)} tokens for {n_words} vectors; expected as many')
     except DAMAGED as error:
         raise ValueError(f'{folder}: {path.name} and model.safetensors are not those of an MPNet: '
                          f'{one_line(error)}') from None

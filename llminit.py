@@ -258,7 +258,7 @@ def parser():
         type=lambda text: text.split(','))
     add('--split', 'random leave-one-out [paper], or the last by timestamp', default='random',
         choices=('random', 'last'))
-    add('--strategy', 'which dimensions; none: random; joint: with interactions', default='var',
+    add('--strategy', 'which dimensions; none: a random start; joint: ours', default='var',
         choices=('none', *SELECTIONS, 'joint'))
     add('--model', 'what is trained; morec takes all N dimensions', default='lightgcn',
         choices=('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr'))

@@ -140,6 +140,9 @@ class TestRun:
         notes.write_text('user,note\nann,"[1"\n')
         assert grid(own, notes) == 2 and 'is no results file' in capsys.readouterr().err
         assert notes.read_text() == 'user,note\nann,"[1"\n'
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setenv('WORLD_SIZE', '2')
+            grid(own, tmp_path / 'r.jsonl')
         for path in ('', f'{tmp_path}/new/'):
             assert grid(own, path) == 2 and 'names no file' in capsys.readouterr().err
         assert grid(own, '/dev/null/r.jsonl') == 2
@@ -386,7 +389,9 @@ class TestAmazon2014:
         monkeypatch.setattr(amazon2014, 'MAX_LINE', 10 ** 5)
         for name, lines in (('r.gz', reviews), ('m.gz', items)):
             (tmp_path / name).write_bytes(gzip.compress(b'\n'.join(lines) + b'\n'))
-        amazon2014.main([str(tmp_path / 'r.gz'), str(tmp_path / 'm.gz'), str(folder)])
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        amazon2014.main([str(tmp_path / 'r.gz'), str(tmp_path / 'm.gz'), '.'])
         said = capsys.readouterr().err
         assert 'r.gz: 4 malformed' in said and 'm.gz: 9 malformed' in said and not evil.exists()
         matrix, texts, _, users, ids, _ = data.load('toys', str(tmp_path / 'd'))
@@ -477,8 +482,9 @@ class TestPeers:
         results, flags = tmp_path / 'r.jsonl', ['--dataset', str(own), '--encoder', 'tfidf',
                                                 '--seeds', '2', '--cold', '.2']
         assert grid(own, results, *flags[2:], '--strategy', 'none') == 0
-        for _ in range(2):
-            assert run.command([*flags, '--results', str(results)], peers.parse, peers.fit) == 0
+        for more in ([], ['--epochs', '7']):                           # which has no effect
+            assert run.command([*flags, *more, '--results', str(results)], peers.parse,
+                               peers.fit) == 0
         rows, _ = run.read_results(results)
         assert [row['settings']['model'] for row in rows] == ['lightgcn'] * 2 + [
             'ease', 'l3ae', 'alpharec'] * 2
