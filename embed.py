@@ -380,9 +380,11 @@ def load_mpnet(folder):
     """Tokenizer, MPNet and token limit of a folder with model.safetensors and a vocab_file()."""
     (limit, eps), path = read_config(folder), vocab_file(folder)
     try:
-        vocab = path.read_text(encoding='utf8').rstrip('\n').split('\n')
-        if path.suffix == '.json':
-            ids = json.loads(path.read_bytes())['model']['vocab']
+        text = path.read_text(encoding='utf8')
+        if path.suffix == '.txt':
+            vocab = text.rstrip('\n').split('\n')
+        else:
+            ids = json.loads(text)['model']['vocab']
             vocab = sorted(ids, key=ids.get)
         tokenizer = Tokenizer(vocab)
         # Left out: the pooler and the language model's head, which no mean-pooled vector passes

@@ -164,9 +164,8 @@ def result_row(args, K, metrics, curve, seconds, flags):
     best = [epoch['epoch'] for epoch in curve if epoch['best']][-1]      # whose tables are kept
     return {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
             'Recall@10': f'{metrics[0].mean():.4f}',
-            'NDCG@10': f'{metrics[1].mean():.4f}', 'K': K,
-            'seed': args.seed, 'best epoch': best, 'seconds': round(seconds),
-            'command': shlex.join(flags) or '-'}
+            'NDCG@10': f'{metrics[1].mean():.4f}', 'K': K, 'seed': args.seed, 'best epoch': best,
+            'seconds': round(seconds), 'command': shlex.join(flags) or '-'}
 
 
 def lines_of(row, head=True):

@@ -68,7 +68,7 @@ PEER_NAMES = {'lightgcn': 'LightGCN', 'sgl': 'SGL', 'bpr': 'BPR'}
 
 
 def ours(folder, name, batch, epochs, dataset):
-    """Our seconds of each epoch and validation."""
+    """Our seconds of each epoch and validation, with the garbage collector on, as the peer's."""
     sys.path.insert(0, str(ROOT))
     import data
     import llminit
