@@ -18,20 +18,65 @@ and models.py beside it. MIT licence.
 Shapes: U users, I items, N encoder width, K kept dimensions.
 """
 import argparse
-import functools
+import contextlib
+import hashlib
 import json
 import os
 import shlex
+import shutil
+import signal
 import sys
 import tempfile
 import time
 
-import numpy as np
-import scipy.sparse as sp
-import scipy.sparse.linalg
+
+def complain(text):
+    """Print one line on stderr: under torchrun in the first process of each machine."""
+    if os.environ.get('LOCAL_RANK', '0') in ('', '0'):
+        text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in ' '.join(text.split()))
+        print(f'llminit: {text[:1000]}', file=sys.stderr)
+
+
+def stop(number, frame):
+    """End the program after Ctrl-C or SIGTERM: in one line, and temporary folders go."""
+    complain('stopped')
+    sys.exit(128 + number)
+
+
+if __name__ == '__main__':             # before numpy, whose import takes a while
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+import numpy as np                     # noqa: E402
+import scipy.sparse as sp              # noqa: E402
+import scipy.sparse.linalg             # noqa: E402
+
+# ---- the method --------------------------------------------------------------------------------
 
 SELECTIONS = 'rand', 'uni', 'var', 'noise', 'pca', 'full'  # strategies of select_dims
 POOLS = {'mean': -1., 'sqrt': -.5, 'sum': 0.}              # power of |N_u| in eq. (1)
+
+
+def as_matrix(name, rows):
+    """rows, which may be a torch tensor, as a matrix of numpy. ValueError unless it is finite."""
+    try:
+        rows = np.asarray(rows)
+        bad = np.logical_not(np.isfinite(rows)).any(axis=1).sum()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f'{name}: expected a matrix of numbers; {error}') from None
+    if bad or rows.ndim != 2:
+        raise ValueError(f'{name} of shape {rows.shape}: {bad} rows hold NaN or infinity')
+    return rows.astype(rows.dtype.newbyteorder('='), copy=False)
+
+
+def as_history(train, n_items):
+    """train as csr (U, I). ValueError if it stores zeros or has other items."""
+    train = sp.csr_matrix(train)
+    if train.shape[1] != n_items:
+        raise ValueError(f'train has {train.shape[1]} items, but there are {n_items} item vectors')
+    if not train.data.all():
+        raise ValueError('train stores zeros: call train.eliminate_zeros()')
+    return train
 
 
 def principal(vectors, K, whiten=0.):
@@ -42,9 +87,11 @@ def principal(vectors, K, whiten=0.):
     """
     centred = vectors - vectors.mean(axis=0, dtype=np.float64)                      # (I, N)
     variance, axes = np.linalg.eigh(centred.T @ centred / len(centred))             # (N,), (N, N)
-    std, axes = np.sqrt(np.maximum(variance[::-1][:K], 0)), axes[:, ::-1][:, :K]    # (K,), (N, K)
+    std = np.sqrt(np.maximum(variance[::-1][:K], 0))                                # (K,)
+    axes = axes[:, ::-1][:, :K]                                                     # (N, K)
     if not std[-1] > 1e-6 * std[0]:
         raise ValueError(f'the vectors span fewer than K = {K} dimensions: choose a smaller K')
+
     axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(K)])     # eigenvectors have no sign
     weight = std ** -whiten * np.linalg.norm(std) / np.linalg.norm(std ** (1 - whiten))
     return (centred @ axes * weight).astype(np.result_type(vectors, np.float32))
@@ -63,38 +110,47 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
     'noise'  no text: normal numbers of the vectors' root mean square, as a control: a gain with it
              comes from scale and pooling
 
-    The first three and 'full' copy values. ValueError for vectors that are not finite, and for
-    K > N except with 'full' and 'noise'.
+    Three of ten dimensions, evenly spaced and of highest variance:
+
+    >>> select_dims([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]], 3, 'uni').tolist()
+    [[0, 3, 6]]
+    >>> select_dims([[1, 5, 0, 0], [1, -5, 2, 9]], 2, 'var').tolist()
+    [[5, 0], [-5, 9]]
+
+    ValueError for vectors that are not finite, and for K > N except with 'full' and 'noise'.
     """
-    vectors = np.asarray(vectors)                  # of a torch tensor too
-    I, N = vectors.shape
+    vectors = as_matrix('vectors', vectors)
+    N = vectors.shape[1]
     if strategy not in SELECTIONS:
         raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(SELECTIONS)}')
-    if strategy in ('rand', 'noise') and rng is None or popular < 1 and degree is None:
-        raise ValueError('rand and noise need rng, a numpy Generator; popular < 1 needs degree')
+    if strategy in ('rand', 'noise') and rng is None:
+        raise ValueError(f'{strategy} needs rng, a numpy Generator or a seed')
+    if popular < 1 and degree is None:
+        raise ValueError('popular < 1 needs degree, the users of each item')
     if not 1 <= K <= N and strategy not in ('full', 'noise'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose K from 1 to {N}')
-    if bad := (~np.isfinite(vectors)).any(axis=1).sum():
-        raise ValueError(f'{bad} of {I} item vectors hold NaN or infinity')
+
     if strategy == 'full':
         return vectors.copy()
     if strategy == 'pca':
         return principal(vectors, K, whiten)
     if strategy == 'noise':
         scale = np.sqrt(np.square(vectors, dtype=np.float64).mean())
-        return rng.normal(0, scale, (I, K)).astype(np.result_type(vectors, np.float32))
+        rng = np.random.default_rng(rng)
+        return rng.normal(0, scale, (len(vectors), K)).astype(np.result_type(vectors, np.float32))
+
     if strategy == 'uni':
         kept = np.arange(K) * (N // K)
     elif strategy == 'rand':
-        kept = np.sort(rng.choice(N, K, replace=False))
+        kept = np.sort(np.random.default_rng(rng).choice(N, K, replace=False))
     else:
         counted = slice(None)
         if popular < 1:
             order = np.argsort(-np.asarray(degree, float).ravel(), kind='stable')
-            counted = order[:max(2, round(popular * I))]
+            counted = order[:max(2, round(popular * len(vectors)))]
         variance = vectors[counted].var(axis=0, dtype=np.float64)        # (N,)
         kept = np.sort(np.argsort(-variance, kind='stable')[:K])         # of equals the first
-    return vectors[:, kept]                                              # (I, K)
+    return vectors.take(kept, axis=1)                                    # (I, K)
 
 
 def pool_users(train, items0, pool='mean'):
@@ -102,46 +158,206 @@ def pool_users(train, items0, pool='mean'):
 
     Section 3.2, eq. (1): u = sum_{i in N_u} v_i / |N_u| ('mean', as in the authors' code; the
     divisor in the scanned paper cannot be read), or over sqrt|N_u| ('sqrt'), or undivided ('sum').
-    A user without training items starts at zero. ValueError if train stores zeros.
+    A user without training items starts at zero. A user of two items, and one of none:
+
+    >>> pool_users([[1, 1], [0, 0]], [[2., 0.], [4., 1.]]).tolist()
+    [[3.0, 0.5], [0.0, 0.0]]
+
+    ValueError if train stores zeros.
     """
     if pool not in POOLS:
         raise ValueError(f'pool {pool!r}: expected one of {", ".join(POOLS)}')
-    if not train.data.all():
-        raise ValueError('train stores zeros: call train.eliminate_zeros()')
+    items0 = as_matrix('items0', items0)
+    train = as_history(train, len(items0))
     size = np.diff(train.indptr)                                     # (U,) |N_u|
     weight = (np.repeat(size, size) ** POOLS[pool]).astype(np.result_type(items0, np.float32))
     history = sp.csr_matrix((weight, train.indices, train.indptr), train.shape)
     return history @ items0                                          # eq. (1), (U, K)
 
 
-def joint(vectors, train, K, text=10., ridge=30.):
+def joint(vectors, train, K, text_weight=10., ridge=30.):
     """The K strongest directions of interactions and text: (I, N), csr (U, I) -> (I, K). [ours]
 
-    M = D^-1/2 (X'X + text F F' + ridge Id) D^-1/2: X is train, F the vectors at length 1, D the
-    diagonal matrix of |N_i| + text + ridge, N_i the users of item i. With M = V diag(mu) V', mu
-    descending, J is the first K columns of V times sqrt(1 - 1/mu), zero for mu <= 1. So J J' keeps
-    the K largest eigenvalues of Id - M^-1, which is close to the item-item matrix of EASE (arXiv
-    1905.03375) with the dimensions of the text as further users. No (I, I) matrix is made.
+    X is train, F the vectors at length 1. D, the diagonal of |N_i| + text_weight + ridge with N_i
+    the users of item i, makes items comparable: M = D^-1/2 (X'X + text_weight F F' + ridge Id)
+    D^-1/2 says how alike two items are by users and by text. Of M's K largest eigenvalues mu and
+    their eigenvectors V, column k of the result is V_k sqrt(1 - 1/mu_k), zero for mu_k <= 1. The
+    result times its transpose is close to Id - M^-1, which is EASE (arXiv 1905.03375) with the
+    dimensions of the text as further users. No (I, I) matrix is made.
     """
+    vectors = as_matrix('vectors', vectors)
     vectors = vectors.astype(np.result_type(vectors, np.float32), copy=False)
+    train = as_history(train, len(vectors))
+    if not 0 < K < len(vectors):
+        raise ValueError(f'cannot make {K} directions of {len(vectors)} items: choose a smaller K')
+
     degree = np.bincount(train.indices, minlength=len(vectors))                      # (I,) |N_i|
-    weight = (degree + text + ridge) ** -.5                                          # (I,) D^-1/2
-    sizes = np.linalg.norm(vectors, axis=1)
-    F = vectors * (text ** .5 * weight / np.where(sizes > 0, sizes, 1))[:, None]     # (I, N)
-    X = sp.csr_matrix((weight[train.indices], train.indices, train.indptr), train.shape)
-    M = sp.linalg.LinearOperator((len(F),) * 2, dtype=float, matvec=lambda v: (
-        X.T @ (X @ v) + F @ (F.T @ v) + ridge * weight ** 2 * v))
-    if not 0 < K < len(F):
-        raise ValueError(f'cannot make {K} directions of {len(F)} items: choose a smaller K')
-    mu, V = sp.linalg.eigsh(M, K, v0=np.ones(len(F)), tol=1e-4)                      # ascending
+    scale = (degree + text_weight + ridge) ** -.5                                    # (I,) D^-1/2
+    length = np.linalg.norm(vectors, axis=1)
+    length[length == 0] = 1                                                          # no words
+    DF = vectors * (text_weight ** .5 * scale / length)[:, None]     # (I, N) D^-1/2 F, weighted
+    XD = sp.csr_matrix((scale[train.indices], train.indices, train.indptr), train.shape)
+
+    def times_M(v):
+        return XD.T @ (XD @ v) + DF @ (DF.T @ v) + ridge * scale ** 2 * v
+    M = sp.linalg.LinearOperator((len(DF), len(DF)), dtype=float, matvec=times_M)
+    mu, V = sp.linalg.eigsh(M, K, v0=np.ones(len(DF)), tol=1e-4)                     # ascending
     V *= np.sign(V[np.abs(V).argmax(axis=0), np.arange(K)]) * np.sqrt(1 - 1 / np.maximum(mu, 1))
-    return V[:, ::-1].astype(vectors.dtype)                                          # (I, K)
+    return V[:, ::-1].astype(vectors.dtype, order='C')                               # (I, K)
 
 
 def xavier(rng, rows, K):
     """The random start of the baselines [authors' code]: uniform on +-sqrt(6 / (rows + K))."""
     return (rng.uniform(-1, 1, (rows, K)) * np.sqrt(6 / (rows + K))).astype(np.float32)
 
+
+# ---- one run -----------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """One run from data to result row, a line a stage. Under torchrun every process does all of it,
+    and models.py gives each a share of the K dimensions; the first prints and saves."""
+    args = parse(argv)
+    started = time.time()
+    # waiting threads sleep: beside other programs that is 2 to 3 times as fast [measured]; torch
+    # reads it when it is imported
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+    import data
+    import embed
+    import models
+    rank, device = models.join(args.device)
+    say = tell if rank == 0 else lambda line: None
+    if args.save is not None and rank == 0:
+        check_folder(args.save)                    # what cannot be saved shows now
+
+    with models.in_turn():                         # the first process downloads and encodes
+        # interactions and low, those rated low: csr (U, I); texts, titles, item_ids: [I]
+        interactions, texts, titles, user_ids, item_ids, low = data.load(
+            args.dataset, args.data, min_rating=args.min_rating, core=args.core,
+            columns=dict(args.columns), text_columns=args.text_columns,
+            timestamps=args.split == 'last')
+        if args.strategy != 'none':
+            vectors = embed.encode(texts, args.encoder, ids=item_ids, cache=args.cache,
+                                   device=device)                            # (I, N)
+
+    rng = np.random.default_rng(args.seed)
+    train, valid, test = data.split(interactions, rng, args.split == 'last')  # csr (U, I) each
+    train = data.thin(train, args.cold, rng)
+    say(f'{args.dataset}: {len(user_ids):,} users, {len(item_ids):,} items, {interactions.nnz:,} '
+        f'interactions: {train.nnz:,} train, {valid.nnz:,} valid, {test.nnz:,} test')
+
+    if args.strategy == 'none':
+        users0, items0 = (xavier(rng, n, args.dim) for n in train.shape)     # (U, K), (I, K)
+    elif args.strategy == 'joint':
+        items0 = joint(vectors, train, args.dim)                             # (I, K)
+        users0 = pool_users(train, items0, args.pool)                        # (U, K)
+    else:
+        items0 = select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
+                             popular=args.popular, degree=train.getnnz(axis=0))
+        users0 = pool_users(train, items0, args.pool)
+
+    model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
+                                log=say, **train_arguments(args))
+    users, items = model.embeddings()                                        # (U, K), (I, K)
+    seen = train + valid if args.seen == 'mask' else None
+    metrics = models.evaluate(users, items, test, seen)    # (n,) twice: the users with a test item
+
+    row = result_row(args, items.shape[1], metrics, curve, time.time() - started,
+                     sys.argv[1:] if argv is None else argv)
+    if args.save is not None and rank == 0:        # before the row: a printed run is a saved one
+        recommended = models.recommend(users, items, interactions + low, args.top)  # (U, top) twice
+        run = {'settings': vars(args), 'metrics': row, 'users': user_ids, 'items': item_ids}
+        save(args.save, users.cpu().numpy(), items.cpu().numpy(), run, recommended, titles)
+    say(lines_of(row))
+
+
+def tell(line):
+    """Print a line at once; nothing more if nobody reads on, as behind `| head -3`."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def train_arguments(args):
+    """Arguments of models.train that the command line sets."""
+    own = {'sgl': dict(views=args.views, tau=args.tau), 'sgcl': dict(tau=args.tau)}
+    return dict(mask_seen=args.seen == 'mask', epochs=args.epochs, batch=args.batch, lr=args.lr,
+                patience=args.patience, **own.get(args.model, {}))
+
+
+def result_row(args, K, metrics, curve, seconds, flags):
+    """{column: value} of the table row of a run. metrics: Recall@10 and NDCG@10 of the users."""
+    best = [0] + [epoch['epoch'] for epoch in curve if epoch['best']]        # 0: not trained
+    return {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
+            'Recall@10': f'{metrics[0].mean():.4f}',
+            'NDCG@10': f'{metrics[1].mean():.4f}', 'K': K, 'seed': args.seed,
+            'best epoch': best[-1], 'seconds': round(seconds), 'command': shlex.join(flags) or '-'}
+
+
+def lines_of(row, head=True):
+    """The lines of a Markdown table of one row."""
+    cells = [row.keys(), ['---'] * len(row), row.values()]
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in cells[0 if head else 2:])
+
+
+# ---- a saved run -------------------------------------------------------------------------------
+
+SAVED = 'users.npy', 'items.npy', 'recommendations.tsv', 'run.json'      # run.json is renamed last
+
+
+def check_folder(folder):
+    """Make the folder to save to. ValueError or OSError unless it is new, empty or holds a run."""
+    os.makedirs(folder, exist_ok=True)
+    there = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
+    run = None
+    with contextlib.suppress(KeyError, ValueError, RecursionError):    # no file, or not JSON
+        with open(there['run.json'], encoding='utf8') as file:
+            run = json.load(file)
+    ours = isinstance(run, dict) and 'settings' in run
+    if not ours and (others := [name for name in there if name[0] != '.']):
+        raise ValueError(f'{folder} holds other files, such as {others[0]}, and no run: choose '
+                         'another --save')
+
+    for name, path in there.items():                       # of a run that was killed
+        if name.startswith('.part-') and time.time() - os.path.getmtime(path) > 24 * 3600:
+            shutil.rmtree(path)
+    os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=folder))
+
+
+def save(folder, users, items, run, recommended, titles):
+    """Write users.npy (U, K), items.npy (I, K), recommendations.tsv and run.json, each one whole.
+
+    run: dict with the ids of users and items in the order of their rows; the SHA-256 of both .npy
+    files is added, so that files of two runs are told apart. recommended: items (U, n) and scores
+    (U, n) from models.recommend; titles [I]. A score is the dot product of two rows.
+    """
+    def cell(value):
+        return ''.join(c if c.isprintable() else ' ' for c in str(value))
+
+    with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as part:
+        np.save(os.path.join(part, 'users.npy'), users)
+        np.save(os.path.join(part, 'items.npy'), items)
+        with open(os.path.join(part, 'recommendations.tsv'), 'w', encoding='utf8') as file:
+            file.write('user_id\trank\titem_id\tscore\ttitle\n')
+            for user, row, scores in zip(run['users'], *recommended):
+                for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
+                    cells = user, rank, run['items'][i], f'{score:.6g}', titles[i]
+                    file.write('\t'.join(map(cell, cells)) + '\n')
+
+        hashes = {}
+        for name in ('users.npy', 'items.npy'):
+            with open(os.path.join(part, name), 'rb') as file:
+                hashes[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+        with open(os.path.join(part, 'run.json'), 'w', encoding='utf8') as file:
+            json.dump({**run, 'sha256': hashes}, file, indent=1)
+        for name in SAVED:
+            os.replace(os.path.join(part, name), os.path.join(folder, name))
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+MODELS = ['lightgcn', 'sgl', 'sgcl', 'bpr']
 
 # Training: batch, learning rate of Adam, epochs without a better validation NDCG@10.
 # [paper], [authors' code], [ours] say where a number comes from.
@@ -151,214 +367,120 @@ OURS = {None: dict(batch=2048, lr=3e-3, patience=20),      # [ours: as good as P
         'sgcl': dict(PAPER, patience=7)}   # its batch is its negatives, so its size stays
 
 
-def training(args):
-    """Arguments of models.train that the command line sets."""
-    own = {'sgl': dict(views=args.views, tau=args.tau), 'sgcl': dict(tau=args.tau),
-           'morec': dict(dim=args.dim)}
-    return dict(mask_seen=args.seen == 'mask', epochs=args.epochs, batch=args.batch, lr=args.lr,
-                patience=args.patience, **own.get(args.model, {}))
-
-
-def result_row(args, K, metrics, curve, seconds, flags):
-    """{column: value} of the table row of a run. metrics: Recall@10 and NDCG@10 of the users."""
-    best = [epoch['epoch'] for epoch in curve if epoch['best']][-1]      # whose tables are kept
-    return {'dataset': args.dataset, 'model': args.model, 'strategy': args.strategy,
-            'Recall@10': f'{metrics[0].mean():.4f}',
-            'NDCG@10': f'{metrics[1].mean():.4f}', 'K': K, 'seed': args.seed, 'best epoch': best,
-            'seconds': round(seconds), 'command': shlex.join(flags) or '-'}
-
-
-def lines_of(row, head=True):
-    """The lines of a Markdown table of one row."""
-    cells = (row.keys(), ['---'] * len(row), row.values())[0 if head else 2:]
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in cells)
-
-
-SAVED = 'users.npy', 'items.npy', 'run.json', 'recommendations.tsv'
-
-
-def check_folder(folder):
-    """Make the folder to save to. OSError or ValueError if a run cannot be put there."""
-    os.makedirs(folder, exist_ok=True)
-    if others := [name for name in os.listdir(folder) if name not in SAVED and name[0] != '.']:
-        raise ValueError(f'{folder} holds other files, such as {others[0]}: choose another --save')
-    os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=folder))
-
-
-def save(folder, users, items, run, recommended, titles):
-    """Write users.npy (U, K), items.npy (I, K), run.json, recommendations.tsv, each one whole.
-
-    run: dict with the ids of users and items in the order of their rows; recommended: items (U, n)
-    and scores (U, n) from models.recommend; titles [I]. A score is the dot product of two rows.
-    """
-    blanks = str.maketrans('\t\r\n', '   ')
-    with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as part:
-        np.save(os.path.join(part, 'users.npy'), users)
-        np.save(os.path.join(part, 'items.npy'), items)
-        with open(os.path.join(part, 'run.json'), 'w', encoding='utf8') as file:
-            json.dump(run, file, indent=1)
-        with open(os.path.join(part, 'recommendations.tsv'), 'w', encoding='utf8') as file:
-            file.write('user_id\trank\titem_id\tscore\ttitle\n')
-            for user, row, scores in zip(run['users'], *recommended):
-                for rank, (i, score) in enumerate(zip(row[row >= 0], scores), 1):
-                    cells = user, rank, run['items'][i], f'{score:.6g}', titles[i]
-                    file.write('\t'.join(str(cell).translate(blanks) for cell in cells) + '\n')
-        for name in SAVED:
-            os.replace(os.path.join(part, name), os.path.join(folder, name))
-
-
-def complain(text):
-    """Print one line on stderr. Under torchrun ranks other than 0 wait five seconds first, so that
-    rank 0 prints the error and torchrun stops the rest; a rank still alive then prints it too."""
-    if os.environ.get('RANK', '0') not in ('', '0'):
-        time.sleep(5)
-    print(f'llminit: error: {" ".join(text.split())[:1000]}', file=sys.stderr)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message):
-        complain(message)
+        complain(f'error: {message}')
         self.exit(2)
 
 
 def number(kind, low, high=np.inf):
     """An argparse type: an int or a float from low to high."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not a number from {low:g} to {high:g}')
-        return value
-    return number
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        span = f'from {low:g} up' if high == np.inf else f'from {low:g} to {high:g}'
+        raise argparse.ArgumentTypeError(f'{text} is no {"whole " * (kind is int)}number {span}')
+    return read
 
 
 def pair(text):
-    """An argparse type: 'user_id=visitorid' -> ('visitorid', 'user_id')."""
-    ours, theirs = text.split('=', 1)
-    if ours not in ('user_id', 'item_id', 'rating', 'timestamp', 'title'):
-        raise argparse.ArgumentTypeError(f'{ours} is none of user_id, item_id, rating, timestamp, '
-                                         'title')
-    return theirs, ours
+    """An argparse type: 'user_id=visitorid' -> ('user_id', 'visitorid')."""
+    name, _, theirs = text.partition('=')
+    if name not in ('user_id', 'item_id', 'rating', 'timestamp', 'title') or not theirs:
+        raise argparse.ArgumentTypeError(f'{text}: expected NAME=THEIRS, such as user_id=visitorid;'
+                                         ' NAME is user_id, item_id, rating, timestamp or title')
+    return name, theirs
+
+
+def place(text):
+    """An argparse type: a path, ~ expanded."""
+    path = os.path.expanduser(text)
+    if path.startswith('~'):
+        raise argparse.ArgumentTypeError(f'{text}: no home folder here; write the whole path')
+    return path
 
 
 def parser():
     """The parser of the command line."""
     p = Parser(prog='llminit.py', allow_abbrev=False, description=__doc__.split('\n')[0])
+    group = p
 
     def add(flag, help, **how):
-        p.add_argument(flag, help=help + ' (%(default)s)' * ('default' in how), **how)
-    add('--dataset', 'beauty, toys, tools, office, ml-100k, or your folder', default='ml-100k')
+        group.add_argument(flag, help=help + ' (%(default)s)' * bool(how.get('default')), **how)
+
+    group = p.add_argument_group('data')
+    add('--dataset', 'beauty, toys, tools, office, ml-100k, or your folder', default='ml-100k',
+        type=place)
+    add('--data', 'datasets are here or are fetched to here', default='data', type=place)
     add('--min-rating', 'lower ratings are dropped', default=4., type=number(float, -1e9, 1e9))
     add('--core', 'interactions that users and items must have', default=5, type=number(int, 0))
-    add('--columns', 'what user_id, item_id, rating, timestamp or title is called in your files',
-        metavar='NAME=THEIRS', nargs='+', type=pair)
+    add('--columns', 'your names of user_id, item_id, rating, timestamp or title', nargs='+',
+        metavar='NAME=THEIRS', default=[], type=pair)
     add('--text-columns', 'columns of the item file that make the text', metavar='A,B',
         type=lambda text: text.split(','))
-    add('--split', 'random leave-one-out [paper], or the last by timestamp', default='random',
+    add('--split', 'leave one out: drawn [paper], or the newest by timestamp', default='random',
         choices=('random', 'last'))
-    add('--strategy', 'which dimensions; none: a random start; joint: ours', default='var',
-        choices=('none', *SELECTIONS, 'joint'))
-    add('--model', 'what is trained; morec takes all N dimensions', default='lightgcn',
-        choices=('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr'))
-    add('--encoder', 'mpnet, tfidf, openai:MODEL, the folder of an MPNet, or a file of vectors',
-        default='mpnet')
+    add('--cold', 'share of the training interactions that each user loses', metavar='SHARE',
+        default=0., type=number(float, 0, 1))
+
+    group = p.add_argument_group('start')
+    add('--strategy', 'which dimensions; none: a random start; joint: text and interactions',
+        default='var', choices=('none', *SELECTIONS, 'joint'))
+    add('--encoder', 'mpnet, tfidf, or an .npz file of vectors', default='mpnet', type=place)
     add('--dim', 'K, the dimensions kept (128)', type=number(int, 1))
     add('--whiten', 'pca: 1 makes all equally wide', default=0., type=number(float, 0, 1))
     add('--popular', "var: over this share of the items; authors' code .2", default=1.,
         type=number(float, 0, 1))
     add('--pool', 'how the items of a user make the user', default='mean', choices=POOLS)
-    add('--views', 'sgl: what is dropped', default='edge', choices=('edge', 'node', 'walk'))
-    add('--tau', 'sgl, sgcl: temperature', default=.2, type=number(float, 1e-3, 100))
-    add('--seen', 'keep: seen items are ranked [paper]', default='mask', choices=('mask', 'keep'))
+
+    group = p.add_argument_group('training')
+    add('--model', 'which model is trained', default='lightgcn', choices=MODELS)
     add('--preset', 'sets --batch, --lr and --patience', default='ours', choices=('ours', 'paper'))
     add('--batch', 'interactions a step', type=number(int, 1))
     add('--lr', "Adam's learning rate", type=number(float, 1e-9, 100))
     add('--patience', 'epochs without a better validation', type=number(int, 1))
-    add('--epochs', 'at most', default=300, type=number(int, 1))
-    add('--seed', 'of split, start and training', default=0, type=number(int, 0))
+    add('--epochs', 'at most; 0: the start alone is evaluated', default=300, type=number(int, 0))
+    add('--seen', 'keep: seen items are ranked [paper]', default='mask', choices=('mask', 'keep'))
+    add('--tau', 'sgl, sgcl: temperature', default=.2, type=number(float, 1e-3, 100))
+    add('--views', 'sgl: what is dropped', default='edge', choices=('edge', 'node', 'walk'))
+
+    group = p.add_argument_group('run')
+    add('--seed', 'of split, start and training (0)', default=0, type=number(int, 0))
     add('--device', 'where it runs', default='auto', choices=('auto', 'cpu', 'cuda'))
-    add('--data', 'datasets are here or are fetched to here', default='data', metavar='DIR')
-    add('--cache', 'for weights and vectors', default='~/.cache/llminit', metavar='DIR')
-    add('--save', 'write vectors, ids, metrics and recommendations there', metavar='DIR')
+    add('--cache', 'for weights and vectors', default='~/.cache/llminit')
+    add('--save', 'write tables, ids, metrics and recommendations there', metavar='DIR', type=place)
     add('--top', 'recommendations for each user', default=10, type=number(int, 1))
     return p
 
 
 def parse(argv=None):
-    """The command line -> args, with the numbers of --preset filled in."""
+    """The command line -> args; the model decides what --preset means."""
     p = parser()
     args = p.parse_args(argv)
-    if args.strategy == 'full' and args.model != 'morec' and args.dim:
+    if args.strategy == 'full' and args.dim:
         p.error('--strategy full keeps all dimensions: leave out --dim')
     preset = PAPER if args.preset == 'paper' else OURS.get(args.model, OURS[None])
-    args = p.parse_args(argv, argparse.Namespace(dim=128, **preset))     # the flags win
-    if args.model == 'morec' and args.strategy not in ('none', 'noise'):
-        args.strategy = 'full'                     # it learns a projection of all N dimensions
+    for name, value in dict(preset, dim=128).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
-def main(argv=None):
-    """One run from data to result row, a line a stage. Under torchrun every process does all of it,
-    and models.py gives each a share of the K dimensions; the first prints and saves."""
-    args, started = parse(argv), time.time()
-    import data
-    import embed
-    import models
-    rank, device = models.join(args.device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda line: None
-    if args.save is not None and rank == 0:
-        check_folder(args.save)                    # what cannot be written shows now
-
-    with models.in_turn():                         # the first process downloads and encodes
-        # interactions and low, those rated low: csr (U, I); texts, titles, item_ids: [I]
-        interactions, texts, titles, user_ids, item_ids, low = data.load(
-            args.dataset, args.data, min_rating=args.min_rating, core=args.core,
-            columns=dict(args.columns or ()), text_columns=args.text_columns,
-            timestamps=args.split == 'last')
-        if args.strategy != 'none':
-            vectors = embed.encode(texts, args.encoder, ids=item_ids, cache=args.cache,
-                                   device=device)                            # (I, N)
-    rng = np.random.default_rng(args.seed)
-    train, valid, test = data.split(interactions, rng, args.split == 'last')  # csr (U, I) each
-    say(f'{args.dataset}: {len(user_ids):,} users, {len(item_ids):,} items, {interactions.nnz:,} '
-        f'interactions: {train.nnz:,} train, {valid.nnz:,} valid, {test.nnz:,} test')
-
-    if args.strategy == 'none':
-        users0, items0 = (xavier(rng, n, args.dim) for n in train.shape)     # (U, K), (I, K)
-    else:
-        items0 = joint(vectors, train, args.dim) if args.strategy == 'joint' else select_dims(
-            vectors, args.dim, args.strategy, rng, whiten=args.whiten, popular=args.popular,
-            degree=train.getnnz(axis=0))                                     # (I, K)
-        users0 = pool_users(train, items0, args.pool)                        # (U, K)
-    model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
-                                log=say, **training(args))
-    users, items = model.embeddings()                                        # (U, K), (I, K)
-    seen = train + valid if args.seen == 'mask' else None
-    metrics = models.evaluate(users, items, test, seen)    # (n,) twice: the users with a test item
-    row = result_row(args, items.shape[1], metrics, curve, time.time() - started,
-                     sys.argv[1:] if argv is None else argv)
-    say(lines_of(row))
-    if args.save and rank == 0:
-        recommended = models.recommend(users, items, interactions + low, args.top)  # (U, top) twice
-        run = {'settings': vars(args), 'metrics': row, 'users': user_ids, 'items': item_ids}
-        save(args.save, users.cpu().numpy(), items.cpu().numpy(), run, recommended, titles)
-
-
 def command(argv=None):
-    """The command line -> exit code: 2 and one line on stderr for bad input, 130 after Ctrl-C."""
+    """The command line -> exit code: 2 and one line on stderr for bad input."""
     try:
         main(argv)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and 'memory' not in str(error):     # torch's MemoryError
             raise
-        complain(str(error) or 'not enough memory')
+        complain(f'error: {error}' if str(error) else 'error: not enough memory')
         return 2
-    except KeyboardInterrupt:
-        print('llminit: stopped', file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')      # letters that a terminal lacks
     sys.exit(command())

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,9 +27,11 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import torch
 from hypothesis import given, settings, strategies as st
 from scipy.special import erf, softmax
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')      # as main() does; read with torch's import
+import torch  # noqa: E402
 
 import data
 import embed
@@ -149,10 +152,12 @@ def server(monkeypatch):
     web.server_close()
 
 
-def finished(*command, cwd=HERE):
-    """A process that has ended, or was killed after two minutes: (exit code, stdout, stderr)."""
+def finished(*command, cwd=HERE, **more):
+    """A process that has ended, or was killed after two minutes: (exit code, stdout, stderr). more:
+    its environment besides ours."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True,
-                          text=True, timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                          text=True, timeout=120,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **more})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -263,7 +268,7 @@ class TestGolden:
         ('none', 'lightgcn', 646395709), ('none', 'sgcl', 646395709),
         ('rand', 'lightgcn', 801373465), ('uni', 'lightgcn', 462881391),
         ('var', 'lightgcn', 462881391), ('pca', 'lightgcn', 462881391),
-        ('var', 'morec', 462881391), ('noise', 'lightgcn', 513701512)])
+        ('noise', 'lightgcn', 513701512)])
     def test_the_generator_as_training_receives_it(self, tmp_path, monkeypatch, strategy, model,
                                                    state):
         def stop(name, observed, valid, users0, items0, rng, **settings):
@@ -276,8 +281,7 @@ class TestGolden:
 
     @pytest.mark.parametrize('name, expected', [
         ('lightgcn', [0.68869924, 0.68693212]), ('bpr', [0.69441488, 0.69096425]),
-        ('sgl', [191.03085, 189.50831]), ('sgcl', [1652.995, 1604.3495]),
-        ('morec', [0.69786463, 0.70078603])])
+        ('sgl', [0.78192799, 0.77571669]), ('sgcl', [6.7553562, 6.5508094])])
     def test_losses_of_two_epochs(self, name, expected):
         train, valid, _ = data.split(planted(), np.random.default_rng(0))
         rng = np.random.default_rng(1)
@@ -349,10 +353,10 @@ class TestSelection:
         assert llminit.select_dims(torch.from_numpy(vectors), 1).tolist() == [[1]] * 3
 
     @pytest.mark.parametrize('K, strategy, popular, value, message', [
-        (0, 'var', 1, 0, 'cannot keep 0 of 10'), (3, 'rand', 1, 0, 'noise need rng'),
+        (0, 'var', 1, 0, 'cannot keep 0 of 10'), (3, 'rand', 1, 0, 'rand needs rng'),
         (3, 'none', 1, 0, "strategy 'none': expected one of rand"),
         (3, 'var', .5, 0, 'popular < 1 needs degree'), (4, 'pca', 1, 0, 'fewer than K = 4'),
-        (2, 'uni', 1, np.nan, '1 of 4 item vectors')])
+        (2, 'uni', 1, np.nan, 'vectors of shape .4, 10.: 1 rows hold NaN')])
     def test_errors(self, K, strategy, popular, value, message):
         vectors = np.eye(4, 10, dtype=np.float32)
         vectors[1, 4] = value
@@ -361,9 +365,37 @@ class TestSelection:
     def test_pool_users_refuses_stored_zeros_and_unknown_pools(self):
         train = random_graph(7, 9, .4)
         fails("pool 'max': expected one of mean, sqrt, sum", llminit.pool_users, train, 0, 'max')
+        fails('9 items, but there are 8', llminit.pool_users, train, np.ones((8, 2)))
         train.data[3] = 0                                              # as X.data >= 4 makes them
         fails('eliminate_zeros', llminit.pool_users, train, np.ones((9, 2)))
         fails('eliminate_zeros', models.adjacency, train)
+
+    @pytest.mark.parametrize('form', [sp.csc_matrix, sp.coo_matrix, sp.coo_array,
+                                      lambda train: train.toarray()])
+    def test_other_matrices_mean_the_same(self, form):
+        train, vectors = random_graph(12, 12, .3), np.eye(12, 20, 3) + 1
+        for call in (lambda x: llminit.pool_users(x, vectors), lambda x: models.adjacency(x),
+                     lambda x: llminit.joint(vectors, x, 3),
+                     lambda x: models.evaluate(torch.eye(12), torch.eye(12), x, x)):
+            for one, other in zip(call(train), call(form(train))):
+                assert (one != other).sum() == 0
+
+    def test_other_arrays_are_read_right_or_named(self):
+        train, rows = random_graph(5, 4, .5), np.arange(24.).reshape(4, 6).astype('f4')
+        expected = llminit.select_dims(rows, 2).tolist(), llminit.pool_users(train, rows).tolist()
+        for array in (torch.from_numpy(rows), rows.astype('>f4'), rows.tolist(),
+                      np.asfortranarray(rows), rows.astype(int)):
+            found = llminit.select_dims(array, 2), llminit.pool_users(train, array)
+            assert tuple(x.tolist() for x in found) == expected
+            assert all(x.flags.c_contiguous and x.dtype.isnative for x in found)
+        for array in (torch.ones(4, 6, dtype=torch.bfloat16), torch.ones(4, 6, requires_grad=True),
+                      rows.astype(object), np.ones(4), np.ones((4, 6, 2)), np.ones((4, 6), 'U1')):
+            for call in ((llminit.select_dims, array, 2), (llminit.joint, array, train, 2)):
+                assert fails('^vectors', *call)
+            fails('^items0', llminit.pool_users, train, array)
+        one, other = (llminit.select_dims(rows, 2, 'rand', rng)
+                      for rng in (7, np.random.default_rng(7)))
+        assert (one == other).all()                                    # a seed is a generator
 
 
 def rows_of(out):
@@ -393,9 +425,8 @@ class TestCommandLine:
                                 '--model', model, '--strategy', strategy, '--batch', '128',
                                 '--lr', '.01', *flags]) == 0
         cells = rows_of(capsys.readouterr().out)[-1]
-        shown = 'full' if model == 'morec' and strategy not in ('none', 'noise') else strategy
-        assert cells[1:3] == [model, shown]
-        if shown in ('var', 'pca', 'full'):                            # these cannot miss the text
+        assert cells[1:3] == [model, strategy]
+        if strategy in ('var', 'pca', 'full'):                         # these cannot miss the text
             assert float(cells[4]) > .3                                # chance: about .1
 
     @pytest.mark.parametrize('flags, expected', [
@@ -404,7 +435,7 @@ class TestCommandLine:
         ('--preset paper', {'batch': 256, 'mask_seen': True}), ('--model sgcl', {'batch': 256}),
         ('--batch 7', {'batch': 7})])
     def test_the_flags_of_training_arrive(self, flags, expected):
-        found = llminit.training(llminit.parse(flags.split()))
+        found = llminit.train_arguments(llminit.parse(flags.split()))
         assert found == found | expected
 
     def test_the_test_hides_what_was_seen_unless_it_is_kept(self, own, monkeypatch):
@@ -420,9 +451,10 @@ class TestCommandLine:
         assert calls == [1440 - 240, 1440 - 120, None, None]
 
     @pytest.mark.parametrize('flags, message', [
-        ('--dim 4000', 'cannot keep 4000 of'), ('--dim 0', 'not a number from 1'),
-        ('--dim x', "invalid number value: 'x'"), ('--whiten nan', 'not a number from 0 to 1'),
-        ('--encoder nothing.npy', 'no such file'),
+        ('--dim 4000', 'cannot keep 4000 of'), ('--dim 0', '0 is no whole number from 1 up'),
+        ('--dim x', 'x is no whole number from 1 up'), ('--whiten nan', 'no number from 0 to 1'),
+        ('--columns foo', 'foo: expected NAME=THEIRS, such as'), ('--epochs -1', 'from 0 up'),
+        ('--encoder nothing.npz', 'no such file'),
         ('--dataset nowhere', 'nowhere: neither a folder'), ('--strategy best', 'invalid choice'),
         ('--strategy full', 'leave out --dim'), ('--colour=r\ned', 'arguments: --colour=r ed'),
         ('--dataset ml-100k --data /dev/null', 'ml-100k: '), ('--core 99', 'lower min_rating or'),
@@ -437,6 +469,20 @@ class TestCommandLine:
         assert code == 2 and len(err) == 1 and message in err[0], err
         assert err[0].startswith('llminit: error: ')
         assert sorted(tmp_path.rglob('*')) == before                   # nothing half-written
+
+
+START = """
+import runpy, signal, sys
+sys.argv[0] = 'llminit.py'
+set_signal = signal.signal
+def said(number, handler):
+    set_signal(number, handler)
+    if number == signal.SIGTERM:
+        print('signals are set', flush=True)
+signal.signal = said
+sys.path.insert(0, '.')
+runpy.run_path('llminit.py', run_name='__main__')
+"""
 
 
 class TestSave:
@@ -459,17 +505,57 @@ class TestSave:
         for user, _, item, score, title in lines[::97]:
             expected = users[run['users'].index(user)] @ items[run['items'].index(item)]
             assert abs(float(score) - expected) < 1e-4 and title.endswith(f'number {item[1:]}')
-        (saved / '.part-killed').mkdir()                               # of a run that was killed
+        for name in ('.part-old', '.part-new'):                        # of runs that were killed
+            (saved / name).mkdir()
+        os.utime(saved / '.part-old', (0, 0))
         assert main_on(own, '--save', saved, '--seed', 1) == 0
         assert (np.load(saved / 'users.npy') != users).any()
-        assert {path.name for path in saved.iterdir()} == {*llminit.SAVED, '.part-killed'}
+        assert {path.name for path in saved.iterdir()} == {*llminit.SAVED, '.part-new'}
+        told = json.loads((saved / 'run.json').read_text())['sha256']
+        assert told == {name: hashlib.sha256((saved / name).read_bytes()).hexdigest()
+                        for name in ('users.npy', 'items.npy')}
+        assert llminit.SAVED[-1] == 'run.json'                         # the last to be renamed
 
-    def test_a_folder_of_something_else_is_not_touched(self, own, capsys, monkeypatch):
+    @pytest.mark.parametrize('run', [None, '', '[1]', '7', '{"metrics": 1}', '["settings"]',
+                                     '[' * 10 ** 5])
+    def test_a_folder_of_something_else_is_not_touched(self, own, capsys, monkeypatch, run):
         monkeypatch.setattr(models, 'train', None)                     # is not reached
-        for place in (own, '/dev/null/x', '/dev/null', ''):
+        if run is not None:
+            (own / 'run.json').write_text(run)
+        before = {path.name: path.read_bytes() for path in own.iterdir()}
+        for place in (own, '/dev/null/x', '/dev/null', '', own / 'items.csv'):
             assert main_on(own, '--save', place) == 2
             assert len(capsys.readouterr().err.splitlines()) == 1
-        assert {path.name for path in own.iterdir()} == {'interactions.csv', 'items.csv'}
+        assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+    def test_a_reader_that_ends_and_letters_that_are_lacking_lose_no_run(self, own, tmp_path):
+        program = ['llminit.py', '--dataset', own, '--strategy', 'none', '--dim', 4, '--epochs', 3]
+        done = subprocess.run(
+            f'{sys.executable} {" ".join(map(str, program))} --save {tmp_path}/s | head -1; '
+            'echo ${PIPESTATUS[0]}', shell=True, executable='/bin/bash', cwd=HERE,
+            capture_output=True, text=True, timeout=120)
+        assert done.stdout.splitlines()[1:] == ['0'] and 'rror' not in done.stderr, done
+        assert (tmp_path / 's' / 'run.json').is_file()
+        folder = own.rename(own.parent / 'größe')
+        code, out, err = finished(*program[:2], folder, *program[3:], '--save', f'{tmp_path}/ö',
+                                  PYTHONIOENCODING='ascii')
+        assert code == 0 and r'gr\xf6\xdfe | lightgcn' in out, err
+        assert (tmp_path / 'ö' / 'run.json').is_file()
+
+    @pytest.mark.parametrize('sign, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_stopped_run_ends_in_one_line_and_leaves_nothing(self, own, tmp_path, sign, code):
+        for seconds in (0, .3, 1):
+            process = subprocess.Popen(
+                [sys.executable, '-c', START, '--dataset', own, '--strategy', 'none', '--epochs',
+                 '99999', '--patience', '99999', '--save', tmp_path / 's'], cwd=HERE, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process.stdout.readline()                                  # it is about to import numpy
+            time.sleep(seconds)
+            process.send_signal(sign)
+            out, err = process.communicate(timeout=60)
+            err = [line for line in err.splitlines() if line[:5] != 'note:']
+            assert process.returncode == code and err == ['llminit: stopped']
+        assert not [path for path in tmp_path.rglob('*') if path.name.startswith('.part')]
 
     def test_a_failed_save_leaves_the_old_run(self, tmp_path):
         saved, table, scores = tmp_path / 'saved', np.ones((1, 2)), (np.array([[0]]), [[.5]])
@@ -685,12 +771,11 @@ class TestEvaluation:
 
 
 class TestTraining:
-    @pytest.mark.parametrize('name', ['lightgcn', 'morec'])
-    def test_the_best_epoch_is_kept_and_patience_ends_training(self, name):
+    def test_the_best_epoch_is_kept_and_patience_ends_training(self):
         train, valid, _ = data.split(planted(), np.random.default_rng(0))
         rng = np.random.default_rng(1)
         start = [llminit.xavier(rng, n, 16) for n in train.shape]
-        model, curve = models.train(name, train, valid, *start, rng, lr=.05, patience=3)
+        model, curve = models.train('lightgcn', train, valid, *start, rng, lr=.05, patience=3)
         ndcg = [epoch['ndcg'] for epoch in curve]
         assert 3 < len(curve) < 300 and np.argmax(ndcg) == len(curve) - 4
         assert models.evaluate(*model.embeddings(), valid, train)[1].mean() == max(ndcg)
@@ -714,11 +799,15 @@ class TestTraining:
         assert curve[-1]['best']                                       # for want of validation
         for n in (2, 3):                                               # of 2 users and 3 items
             table = ones((n, 2))
-            fails('items, but', models.train, 'bpr', observed, none, table, table, rng)
+            fails('observed has the shape', models.train, 'bpr', observed, none, table, table, rng)
         fails('nothing to rank', models.train, 'bpr', sp.csr_matrix(ones((2, 3))), none, *start)
         fails("'gcn': expected one of lightgcn", models.train, 'gcn', observed, none, *start)
         fails("'nodes': expected edge", models.train, 'sgl', observed, none, *start, views='nodes')
-        assert models.train('bpr', observed, none, *start, epochs=0)[1] == []
+        model, curve = models.train('bpr', observed, none, *start, epochs=0)
+        assert curve == [] and (model.embeddings()[0] == 1).all()      # the start itself
+        fails('valid has the shape .3, 2.', models.train, 'bpr', observed, none.T, *start)
+        fails('target has the shape', models.evaluate, *model.embeddings(), observed.T)
+        fails('seen has the shape', models.recommend, *model.embeddings(), observed.T)
         fails('diverged in epoch 2', models.train, 'bpr', observed, none, *start, lr=1e30)
         unsorted = sp.csr_matrix((ones(2), [2, 0], [0, 2, 2]), (2, 3))
         items0 = np.array([[0.], [1], [0]])
@@ -726,41 +815,33 @@ class TestTraining:
         assert abs(curve[0]['loss'] - np.log(1 + np.e)) < 1e-3         # item 1 is the one negative
         assert unsorted.indices.tolist() == [2, 0]                     # the caller's is unchanged
 
-    @pytest.mark.parametrize('seconds, expected', [       # a step with one thread takes one second
-        (.6, [1, 1, 1] + [2] * 20), (1.1, [1, 1, 1] + [2] * 20),
-        (1.5, [1, 1, 1] + ([2] * 5 + [1] * 100) * 2), (30, [1, 1, 1] + ([2] + [1] * 100) * 2)])
-    def test_one_thread_goes_on_alone_while_all_are_slower(self, seconds, expected, monkeypatch):
-        now, threads, used = [0.], [2], []
-        monkeypatch.setattr(torch, 'set_num_threads', threads.append)
-        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads[-1])
-        monkeypatch.setattr(models.time, 'perf_counter', lambda: now[0])
 
-        def step(part):
-            used.append(threads[-1])
-            now[0] += 1 if used[-1] == 1 else seconds
-            return len(used)
-        timed = models.on_busy_cores(step, 8)
-        assert [timed(torch.zeros(3, 8)) for _ in expected] == [*range(1, len(expected) + 1)]
-        assert used == expected
-        timed(torch.zeros(3, 7))
-        assert used[-1] == 1                               # the short last batch
+SEEDED = '''
+import hashlib, sys
+import llminit, models, test_llminit
+observed = test_llminit.planted(1100, 1050, per_user=8)
+for name in ('lightgcn', 'sgl', 'sgcl'):
+    rng = llminit.np.random.default_rng(0)
+    start = [llminit.xavier(rng, n, 128) for n in observed.shape]
+    models.torch.set_num_threads(2)
+    model, _ = models.train(name, observed, observed, *start, rng, epochs=1, batch=2048,
+                            log=lambda line: None)
+    print(name, hashlib.sha256(model.table.detach().numpy()).hexdigest())
+'''
 
-    @pytest.mark.parametrize('name', models.MODELS)
-    def test_threads_change_no_figure(self, name, monkeypatch):
-        observed, found = planted(320, 200, per_user=16), []           # 20 batches, none is short
-        start = [llminit.xavier(np.random.default_rng(1), n, 64) for n in observed.shape]
-        more = {'dim': 64} if name == 'morec' else {}
-        for threads in (1, 2):
-            monkeypatch.setattr(models, 'on_busy_cores',
-                                lambda step, batch: torch.set_num_threads(threads) or step)
-            model, curve = models.train(name, observed, observed, *start, np.random.default_rng(0),
-                                        epochs=2, batch=256, **more)
-            found.append([curve[0]['loss'], curve[1]['loss'], *model.embeddings()])
-            assert torch.get_num_threads() == 1            # training gives them back
-        assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(*found))
-        monkeypatch.setattr(models, 'on_busy_cores', None)             # not for other widths
-        models.train('sgcl', observed, observed, *(table[:, :50] for table in start),
-                     np.random.default_rng(0), epochs=1)
+
+class TestRepeats:
+    def test_one_seed_gives_one_table_with_two_threads_quiet_or_busy(self):
+        """Of sizes at which MKL splits sums by threads, and at which indexing adds with atomics:
+        inner dimensions over 1,000, three times more rows in a batch than nodes."""
+        runs = [finished('-c', SEEDED, OMP_NUM_THREADS='2') for _ in range(2)]
+        busy = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+        try:
+            runs.append(finished('-c', SEEDED, OMP_NUM_THREADS='2'))
+        finally:
+            busy.kill()
+            busy.wait()
+        assert runs[0] == runs[1] == runs[2] and runs[0][1].count('\n') == 3, runs
 
 
 def joined(W, function, *args):
@@ -796,11 +877,16 @@ def steps(observed):
     """(losses of 20 steps, the table after them) of every model."""
     models.join('cpu')
     out, triples = [], np.random.default_rng(0).integers(0, 40, (20, 3, 33))
-    for name, more in [('sgl', {'views': 'walk'}), ('morec', {'dim': 9}),
-                       *((name, {}) for name in models.MODELS if name != 'morec')]:
+    for name, more in [('sgl', {'views': 'walk'}), *((name, {}) for name in models.MODELS)]:
         model = make(name, observed, 10, **more)
-        step = models.optimiser(model, .01)
-        losses = [float(step(batch)) for batch in torch.from_numpy(triples)]
+        adam = torch.optim.Adam(model.parameters(), lr=.01)
+        losses = []
+        for batch in torch.from_numpy(triples):
+            adam.zero_grad()
+            loss = model.loss(*batch)
+            loss.backward()
+            adam.step()
+            losses.append(loss.item())
         out.append((losses, np.concatenate(model.embeddings())))
     return out
 
@@ -809,7 +895,7 @@ class TestProcesses:
     def test_20_steps_of_every_model_agree_for_1_2_and_4_processes(self):
         observed = random_graph(60, 50, .2)
         expected = steps(observed)
-        for W in (2, 4):                                               # 10 and 9 columns: uneven
+        for W in (2, 4):                                               # 10 columns: uneven
             results, _ = joined(W, steps, observed)
             for found in results:                                      # z is gathered in each
                 for (losses, table), (losses_1, table_1) in zip(found, expected, strict=True):
@@ -825,7 +911,7 @@ class TestProcesses:
                 '--dataset', own, '--encoder', 'tfidf', '--dim', 10, '--epochs', 2, '--model',
                 'sgl', '--save', tmp_path / W, '--cache', tmp_path / f'cache {W}']))
             llminit.main(flags)
-            llminit.main([*flags, '--encoder', str(tiny), '--model', 'morec'])
+            llminit.main([*flags, '--model', 'sgcl', '--cold', '.5', '--strategy', 'joint'])
             return len(sum(calls, []))                                 # texts that it encoded
         one, alone = run('one'), capsys.readouterr().out
         encoded, (out, *silent) = joined(3, run, 'three')
@@ -838,8 +924,8 @@ class TestProcesses:
     def test_processes_that_would_train_different_runs_stop(self, own):
         codes, outs = joined(2, lambda: main_on(own, '--strategy', 'none', '--seed',
                                                 os.environ['RANK']))
-        assert codes == (2, 2)
-        assert all('different settings' in out and '|' not in out for out in outs)
+        assert codes == (2, 2) and '|' not in ''.join(outs)
+        assert 'different settings' in outs[0] and outs[1] == ''       # the first says it
 
     @pytest.mark.parametrize('dim', [4, 1])
     def test_under_torchrun_a_run_prints_once_and_an_error_is_one_line(self, own, dim):
@@ -861,7 +947,7 @@ class TestProcesses:
                             lambda *args, **more: train(*args, **more | {'log': log}))
         codes, outs = joined(3, main_on, own, '--epochs', 10 ** 5, '--patience', 10 ** 5)
         assert codes == (2, None, 2) and time.monotonic() - start < 60
-        assert all('error: another process has ended' in outs[rank] for rank in (0, 2))
+        assert 'error: another process has ended' in outs[0] and outs[2] == ''
 
     @pytest.mark.parametrize('variable', ['RANK=', 'LOCAL_RANK=', 'WORLD_SIZE=', 'LOCAL_RANK=1'])
     def test_alone_variables_of_torchrun_mean_nothing(self, own, monkeypatch, capsys, variable):

@@ -70,19 +70,21 @@ PEER_NAMES = {'lightgcn': 'LightGCN', 'sgl': 'SGL', 'bpr': 'BPR'}
 def ours(folder, name, batch, epochs, dataset):
     """Our seconds of each epoch and validation, with the garbage collector on, as the peer's."""
     sys.path.insert(0, str(ROOT))
+    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')    # as llminit.py does
     import data
     import llminit
     import models
     import numpy as np
+    import scipy.sparse as sp
     rng = np.random.default_rng(0)
     train, valid, _ = data.split(data.load(dataset, folder)[0], rng)
     start = [llminit.xavier(rng, n, 128) for n in train.shape]
-    model = models.MODELS[name](models.adjacency(train), *start)
-    step = models.on_busy_cores(models.optimiser(model, 1e-3), batch)
-    work = {'epoch': lambda: models.train_epoch(model, step, train, batch, rng),
-            'valid': lambda: models.evaluate(*model.embeddings(), valid, train)}
-    print(json.dumps({what: timeit.repeat(work[what], gc.enable, number=1, repeat=n)
-                      for what, n in (('epoch', epochs), ('valid', 3))}))
+    none = sp.csr_matrix(train.shape)                      # no validation in the epochs
+    model, curve = models.train(name, train, none, *start, rng, epochs=epochs, batch=batch,
+                                log=lambda line: None)
+    valid_seconds = timeit.repeat(lambda: models.evaluate(*model.embeddings(), valid, train),
+                                  gc.enable, number=1, repeat=3)
+    print(json.dumps({'epoch': [epoch['seconds'] for epoch in curve], 'valid': valid_seconds}))
 
 
 def write_for_peer(args, folder):

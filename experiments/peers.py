@@ -1,12 +1,13 @@
-"""What one would pick instead: EASE, L3AE and AlphaRec on our splits, protocols and results files.
+"""What one would pick instead: EASE, L3AE, AlphaRec and popularity on our splits and protocols.
 
     python experiments/peers.py --model ease,l3ae,alpharec --dataset office,beauty --seeds 3 \
         --results experiments/peers.jsonl
 
-EASE      a closed form without text (Steck 2019, arXiv 1905.03375): scores X B, B of I^2 numbers
-L3AE      EASE, pulled towards an EASE over the item vectors (CIKM 2025, arXiv 2508.13500)
-AlphaRec  an MLP over frozen item vectors, propagated; contrastive loss (ICLR 2025, arXiv
-          2407.05441)
+EASE        a closed form without text (Steck 2019, arXiv 1905.03375): scores X B, B of I^2 numbers
+L3AE        EASE, pulled towards an EASE over the item vectors (CIKM 2025, arXiv 2508.13500)
+popularity  the items with most training users, for everybody
+AlphaRec    an MLP over frozen item vectors, propagated; contrastive loss (ICLR 2025, arXiv
+            2407.05441)
 
 Flags are those of run.py; --strategy, --dim, --pool, --device and what sets a training have no
 effect. Settings are chosen on the validation items of each run, from the grids below, and the
@@ -24,13 +25,14 @@ import numpy as np
 import run
 import scipy.sparse as sp
 import torch
-from run import llminit, models
+from run import early_stopping, llminit, models
 
 LAMBDAS = 50, 100, 200, 400, 800       # EASE and L3AE: regulariser of the interactions
 RIDGES = 1, 3, 10, 30                  # L3AE: regulariser of the text
 SHARES = .9, .97, .99, .999            # L3AE: share of lambda that pulls towards the text
 RATES = 5e-4, 2e-3                     # AlphaRec: learning rate; 5e-4 in the paper
-GRIDS = {'ease': {'lambda': LAMBDAS}, 'l3ae': {'lambda': LAMBDAS, 'r': RIDGES, 'share': SHARES},
+GRIDS = {'popularity': {}, 'ease': {'lambda': LAMBDAS},
+         'l3ae': {'lambda': LAMBDAS, 'r': RIDGES, 'share': SHARES},
          'alpharec': {'lr': RATES, 'epochs': 200, 'batch': 4096, 'patience': 20}}
 
 
@@ -131,8 +133,7 @@ def train_alpharec(train, valid, vectors, lr, seen, rng, log):
             step.step()
             total += loss.item()
         return total / n_steps
-    return model, models.early_stopping(model, epoch, valid, seen, how['epochs'], how['patience'],
-                                        log)
+    return model, early_stopping(model, epoch, valid, seen, how['epochs'], how['patience'], log)
 
 
 def closed_scores(train, B, target, seen):
@@ -168,10 +169,16 @@ def fit(args, train, valid, vectors, rng, device, log):
         top, lr, model = max(found, key=lambda one: one[0]['ndcg'])
         (users, items), chosen = model.embeddings(), {'lr': lr}
         K, parameters = items.shape[1], sum(p.numel() for p in model.parameters())
+    elif args.model == 'popularity':
+        items = torch.from_numpy(train.getnnz(axis=0)).double()[:, None]                # (I, 1)
+        users = torch.ones(train.shape[0], 1, dtype=torch.float64)
+        recall, ndcg = (float(x.mean()) for x in models.evaluate(users, items, valid, seen))
+        top = dict(epoch=1, loss=0., recall=recall, ndcg=ndcg, best=True)
+        K, parameters, chosen = 1, len(items), {}
     else:
         def score(B):
             ndcg, recall = closed_scores(train, B, valid, seen)
-            log(f'epoch   1  valid NDCG@10 {ndcg:.4f}  best {ndcg:.4f} at   1')
+            log(f'epoch   1  valid NDCG@10 {ndcg:.4f}  best {ndcg:.4f} (epoch 1)')
             return ndcg, recall
         (ndcg, recall), chosen, B = closed_form(args.model, train, vectors, score)
         users, items, K = torch.from_numpy(train.toarray()), B.T.contiguous(), 'I'
@@ -192,7 +199,8 @@ def parse(argv):
             p.error(f'model {name!r}: expected some of {",".join(GRIDS)}')
         for cell in cells:
             args = llminit.argparse.Namespace(**vars(cell))
-            args.model, args.strategy = name, 'none' if name == 'ease' else 'full'
+            args.model = name
+            args.strategy = 'none' if name in ('ease', 'popularity') else 'full'
             args.dim, args.pool, args.device, args.epochs = 128, 'mean', 'cpu', 300
             args.training = {'mask_seen': args.seen == 'mask', **GRIDS[name]}
             args.flags = [flag for flag in args.flags if flag != '--model=lightgcn']

@@ -13,9 +13,7 @@ runs with the same settings and training are one, however their flags were writt
 and vector files held is not compared. A run that fails is reported and the others go on. Start two
 processes on two files: on one they would do the same work. report.py reads several.
 
---cold removes a share of each user's training interactions. The paper's Figure 3 does not say how
-it removes half; here they are drawn at random and are as if never seen: they may be negatives, and
-they are ranked.
+It adds a model to those of llminit.py: --model morec, see morec.py.
 """
 import argparse
 import base64
@@ -34,14 +32,18 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sp
-import torch
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')       # read when torch is imported
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import embed  # noqa: E402
 import llminit  # noqa: E402
 import models  # noqa: E402
+import morec  # noqa: E402
+
+models.MODELS['morec'] = morec.MoRec
+llminit.MODELS.append('morec')
 
 LISTS = 'dataset', 'encoder', 'dim', 'cold', 'model', 'strategy'
 SETTINGS = ('dataset', 'min_rating', 'core', 'text_columns', 'columns', 'split', 'strategy',
@@ -54,23 +56,6 @@ USED_BY = {'whiten': ('strategy', ('pca',)), 'popular': ('strategy', ('var',)),
            'views': ('model', ('sgl',)), 'tau': ('model', ('sgl', 'sgcl'))}
 ACTIVITY = 0, 1, 2, 3, 5, 9, 17     # [ours] lower bounds of the groups of users, by number of
                                     # training interactions, that are also scored separately
-
-
-def thin(train, share, rng):
-    """train (csr U x I) without `share` (0..1) of each user's interactions, drawn at random.
-
-    A count that is not whole is rounded up or down by a draw, so that all users together lose
-    `share`; each keeps at least one. share 0 draws nothing.
-    """
-    if not share:
-        return train
-    count = np.diff(train.indptr)                                               # (U,)
-    going = np.minimum((share * count + rng.random(len(count))).astype(int), count - 1)
-    users = np.repeat(np.arange(len(count)), count)
-    order = np.lexsort((rng.random(train.nnz), users))       # each row's interactions, shuffled
-    stays = order[np.arange(train.nnz) - train.indptr[users] >= going[users]]
-    users, items = users[stays], train.indices[stays]
-    return sp.csr_matrix((np.ones(len(stays), np.float32), (users, items)), train.shape)
 
 
 def spectrum(table):
@@ -116,8 +101,6 @@ def settings_of(args):
     for name in ('dataset', 'encoder'):
         if os.path.exists(settings[name]) and settings[name] not in (*data.FOLDERS, 'mpnet'):
             settings[name] = os.path.abspath(settings[name])
-    if settings['encoder'].startswith('openai:'):          # elsewhere MODEL may be another
-        settings['endpoint'] = embed.endpoint()[0]
     return settings
 
 
@@ -136,13 +119,46 @@ def fit(args, train, valid, vectors, rng, device, log):
                   llminit.select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
                                       popular=args.popular, degree=train.getnnz(axis=0)))
         users0 = llminit.pool_users(train, items0, args.pool)
+    training = dict(args.training)
+    if args.model == 'morec':
+        K = training.pop('dim')
+        training['projection0'] = morec.projection(rng, items0.shape[1], K)
     model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
-                                log=log, **args.training)
+                                log=log, **training)
     users, items = model.embeddings()
+    if not curve:                                          # --epochs 0: the start is the best
+        seen = train if args.seen == 'mask' else None
+        recall, ndcg = means(models.evaluate(users, items, valid, seen)).values()
+        curve = [dict(epoch=0, loss=0., recall=recall, ndcg=ndcg, seconds=0., best=True)]
     tables = model.table.detach().split([model.n_users, train.shape[1]])
     tables = (users, items) if args.model == 'morec' else tables         # its table is frozen
     return users, items, curve, {'K': model.K, 'parameters': model.table.numel(), 'spectrum': dict(
         zip(('users', 'items'), map(spectrum, tables)))}
+
+
+def early_stopping(model, epoch, valid, seen, epochs, patience, log):
+    """The loop of models.train for models with steps of their own: calls epoch() -> loss and ranks
+    valid by model.embeddings(), until `patience` epochs in a row gave no better NDCG@10. Leaves the
+    model as it was at its best epoch -> curve, see models.train."""
+    best, best_epoch, kept, curve = -1., 0, model.state_dict(), []
+    for number in range(1, epochs + 1):
+        start = time.perf_counter()
+        loss = epoch()
+        if not np.isfinite(loss):
+            raise ValueError(f'training diverged in epoch {number}, the loss is {loss}: choose a '
+                             'lower learning rate')
+        recall, ndcg = means(models.evaluate(*model.embeddings(), valid, seen)).values()
+        if ndcg > best:
+            best, best_epoch = ndcg, number
+            kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        curve.append(dict(epoch=number, loss=loss, recall=recall, ndcg=ndcg,
+                          seconds=time.perf_counter() - start, best=best_epoch == number))
+        log(f'epoch {number:3d}  loss {loss:.4f}  valid NDCG@10 {ndcg:.4f}  best {best:.4f} '
+            f'(epoch {best_epoch})')
+        if number - best_epoch >= patience:
+            break
+    model.load_state_dict(kept)
+    return curve
 
 
 def result(args, scores, curve, model, seconds, train, test, device):
@@ -173,9 +189,10 @@ def read_results(path):
             for line in filter(str.strip, file):
                 try:
                     row = json.loads(line)
-                    identity(row['settings'], row['training']), row['seconds'] + 0
+                    identity(row['settings'], row['training'])
+                    float(row['seconds'])
                     found.append(row)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     damaged += 1
     return found, damaged
 
@@ -204,15 +221,14 @@ def check_file(path):
 def parse(argv):
     """The command line -> the arguments of each run, [args] as of llminit.parse, and --results.
 
-    args.cold is --cold, args.flags the flags of this run alone, args.training the arguments of
-    models.train.
+    args.flags has the flags of this run alone, args.training the arguments of models.train.
     """
     p = llminit.Parser(prog='run.py', allow_abbrev=False, description=__doc__.split('\n')[0],
                        epilog='Other flags: python llminit.py --help')
     for name in LISTS:
         p.add_argument(f'--{name}', metavar='A,B', help='several values with commas between')
     p.add_argument('--seed', default=0, type=llminit.number(int, 0), help='the first one')
-    p.add_argument('--seeds', default=1, type=llminit.number(int, 1), help='how many')
+    p.add_argument('--seeds', default=1, type=llminit.number(int, 1, 1000), help='how many')
     p.add_argument('--results', default='results.jsonl', metavar='FILE', help='JSON lines')
     own, rest = p.parse_known_args(argv)
     if int(os.environ.get('WORLD_SIZE') or 1) > 1:
@@ -222,17 +238,16 @@ def parse(argv):
             [value] if value is None or os.path.exists(value) else value.split(',')
             for value in (getattr(own, name) for name in LISTS))):
         given = {name: value for name, value in zip(LISTS, values) if value is not None}
-        cold = given.pop('cold', 0)
         flags = [f'--{name}={value.strip()}' for name, value in given.items()]
         args = llminit.parse([*flags, *rest, f'--seed={seed}'])
         if args.save:
             p.error('--save is for a single run of llminit.py')
-        try:
-            args.cold = llminit.number(float, 0, 1)(cold)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            p.error(f'--cold: {error}')
-        args.flags = [*flags, *rest, f'--seed={seed}'] + [f'--cold={cold}'] * bool(args.cold)
-        args.training = llminit.training(args)
+        args.flags = [*flags, *rest, f'--seed={seed}']
+        args.training = llminit.train_arguments(args)
+        if args.model == 'morec':
+            args.training['dim'] = args.dim
+            if args.strategy not in ('none', 'noise'):
+                args.strategy = 'full'                     # it projects all N dimensions
         cells[identity(settings_of(args), args.training)] = args
     return list(cells.values()), own.results
 
@@ -251,17 +266,17 @@ def prepare(args, known, rng, device):
                   args.text_columns])
     loaded = once(known, source, lambda: data.load(
         args.dataset, args.data, min_rating=args.min_rating, core=args.core,
-        columns=dict(args.columns or ()), text_columns=args.text_columns, timestamps=last))
+        columns=dict(args.columns), text_columns=args.text_columns, timestamps=last))
     train, valid, test = data.split(loaded[0], rng, last)
     vectors = None if args.strategy == 'none' else once(
         known, (source, args.encoder), lambda: embed.encode(
             loaded[1], args.encoder, ids=loaded[4], cache=args.cache, device=device))
-    return loaded, (thin(train, args.cold, rng), valid, test), vectors
+    return loaded, (data.thin(train, args.cold, rng), valid, test), vectors
 
 
 def run(args, known, log, fit=fit):
-    """One run from data to result, the stages of llminit.main() with thin() among them -> its
-    row in the table and its row in the results file. known: a dict, for once()."""
+    """One run from data to result, the stages of llminit.main() -> its row in the table and its row
+    in the results file. known: a dict, for once()."""
     started, rng = time.time(), np.random.default_rng(args.seed)
     device = models.join(args.device)[1]
     _, (train, valid, test), vectors = prepare(args, known, rng, device)
@@ -282,9 +297,10 @@ def time_left(cells, rows):
     """'about 12 min left' for cells, by the seconds of rows with the same data and model."""
     same = {}
     for row in rows:
-        for key in ((row['settings'].get('dataset'), row['settings'].get('model')), None):
-            same.setdefault(key, []).append(row['seconds'])
-    if not rows:
+        if 0 <= row['seconds'] < 1e6:                      # others are damage
+            for key in ((row['settings'].get('dataset'), row['settings'].get('model')), None):
+                same.setdefault(key, []).append(float(row['seconds']))
+    if not same:
         return 'time left unknown'
     left = sum(np.mean(same.get((cell.dataset, cell.model), same[None])) for cell in cells)
     return f'about {left:.0f} s left' if left < 120 else f'about {left / 60:.0f} min left'
@@ -292,7 +308,7 @@ def time_left(cells, rows):
 
 def live(where, line):
     """Show what models.train says of an epoch on the last line of a terminal."""
-    epoch = re.match(r'epoch +(\d+) .*best (\S+) at +(\d+)', line)
+    epoch = re.match(r'epoch +(\d+) .*best (\S+) \(epoch (\d+)\)', line)
     if epoch and sys.stderr.isatty():
         text = '{}: epoch {}, best {} at {}'.format(where, *epoch.groups())
         print(f'\r{text[:shutil.get_terminal_size().columns - 1]}\x1b[K', end='', file=sys.stderr)
@@ -324,7 +340,8 @@ def grid(cells, path, run):
         append(path, row)
         print(clear * sys.stdout.isatty() + llminit.lines_of(told, head), flush=True)
         head = False
-    print(f'{clear}{len(cells) - failed} of {len(cells)} runs are in {path}', file=sys.stderr)
+    print(f'{clear}{len(cells) - failed} of {len(cells)} runs are in {path} (found by their '
+          'settings; what data and vector files held is not compared)', file=sys.stderr)
     return 2 if failed else 0
 
 

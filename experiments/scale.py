@@ -100,12 +100,28 @@ def graph(args):
     draws = torch.Generator().manual_seed(0)
     start = [torch.empty(n, args.dim).uniform_(-.01, .01, generator=draws).numpy()
              for n in observed.shape]
-    model = models.LightGCN(a_hat, *start, device=device)
-    del start
+    del a_hat
     began = time.perf_counter()
-    loss = models.train_epoch(model, models.optimiser(model, 1e-3), observed, args.batch, rng)
-    say(f'LightGCN, K = {args.dim}, {models.ranks()[1]} processes, batch {args.batch:,}: one epoch '
+    none = sp.csr_matrix(observed.shape)                   # no validation
+    _, curve = models.train('lightgcn', observed, none, *start, rng, epochs=1, batch=args.batch,
+                            device=device, log=lambda line: None)
+    loss = curve[0]['loss']
+    say(f'LightGCN, K = {args.dim}, {models.WORLD[1]} processes, batch {args.batch:,}: one epoch '
         f'in {time.perf_counter() - began:.0f} s, loss {loss:.4f}, peak {peak():.2f} GiB')
+
+
+def optimiser(model):
+    """A step of models.train: (3, B) int64 -> loss, after one update by Adam."""
+    import torch
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def step(part):
+        adam.zero_grad()
+        loss = model.loss(*part)
+        loss.backward()
+        adam.step()
+        return loss.detach()
+    return step
 
 
 def step(args):
@@ -119,7 +135,7 @@ def step(args):
     sent, reduce, broadcast = [], dist.all_reduce, dist.broadcast
     dist.all_reduce = lambda x, *more: sent.append(x.numel() * x.element_size()) or reduce(x, *more)
     dist.broadcast = lambda x, r: sent.append(x.numel() * x.element_size()) or broadcast(x, r)
-    W = models.ranks()[1]
+    W = models.WORLD[1]
     rng = np.random.default_rng(0)
     train, valid, _ = data.split(data.load(args.dataset, args.data)[0], rng)
     start = [llminit.xavier(rng, n, args.dim) for n in train.shape]
@@ -132,7 +148,7 @@ def step(args):
     for name in ('lightgcn', 'sgl', 'sgcl'):
         model = models.MODELS[name](models.adjacency(train), *start, device=device)
         model.new_epoch(rng)
-        run, part = models.optimiser(model, 1e-3), torch.from_numpy(batch)
+        run, part = optimiser(model), torch.from_numpy(batch)
         ms = median_ms(lambda: [sent.clear(), run(part.to(device))], 7)
         a_step = sum(sent)
         sent.clear()
@@ -175,7 +191,7 @@ def limits(args):
     some = rng.choice(train.nnz, args.batch)
     users, items = (x[some].astype(np.int64) for x in train.nonzero())
     part = torch.from_numpy(np.stack([users, items, models.sample_negatives(train, users, rng)]))
-    step, big = models.optimiser(model, 1e-3), torch.ones(2 ** 26)                   # 256 MiB
+    step, big = optimiser(model), torch.ones(2 ** 26)                   # 256 MiB
     target = big.clone()
     per_ms = 2 * 2 ** 28 / median_ms(lambda: target.copy_(big), 10)      # read and written
     whole = median_ms(lambda: step(part))

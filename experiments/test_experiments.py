@@ -30,7 +30,7 @@ import peers  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from test_llminit import (KEY, endpoint, golden_folder, main_on,  # noqa: E402, F401
-                          random_graph, server, write_planted)
+                          planted, random_graph, server, write_planted)
 
 GRID = ['--encoder', 'tfidf', '--dim', '8,16', '--epochs', '2', '--model', 'bpr,morec',
         '--strategy', 'none,rand,var', '--seeds', '2']
@@ -84,7 +84,7 @@ class TestRun:
             assert abs(report.users_ndcg(row).mean() - whole) < 1e-9
 
     @pytest.mark.parametrize('usual, flags', [
-        ('', '--dim 6'), ('', '--seed 1'), ('', '--strategy none'), ('', '--model morec'),
+        ('', '--dim 6'), ('', '--seed 1'), ('', '--strategy none'), ('', '--epochs 0'),
         ('--model sgcl', '--tau .02'), ('--model sgl', '--views node'), ('', '--pool sum'),
         ('--strategy pca', '--whiten 1'), ('', '--popular .1'), ('', '--seen keep'),
         ('', '--split last --columns timestamp=when'), ('', '--min-rating 5'), ('', '--core 9'),
@@ -96,9 +96,8 @@ class TestRun:
         for some in (usual, f'{usual} {flags}'):
             some = ['--core', 3, *some.split()]
             for call, *more in ((grid, tmp_path / f'{len(told)}.jsonl'), (main_on,)):
-                if '--cold' not in some or call == grid:
-                    assert call(tmp_path, *more, *some) == 0
-                    told.append(capsys.readouterr().out.splitlines()[-1].split(' | ')[3:8])
+                assert call(tmp_path, *more, *some) == 0
+                told.append(capsys.readouterr().out.splitlines()[-1].split(' | ')[3:8])
         assert told[0] == told[1] != told[2] == told[-1]
 
     def test_runs_that_train_alike_are_one(self, own, tmp_path, capsys, monkeypatch):
@@ -115,15 +114,6 @@ class TestRun:
             assert len(run.read_results(results)[0]) == rows, flags
         monkeypatch.setitem(llminit.OURS[None], 'patience', 9)         # the preset itself changes
         assert grid(own, results) == 0 and len(run.read_results(results)[0]) == rows + 1
-
-    def test_another_endpoint_is_another_run(self, own, tmp_path, monkeypatch):
-        monkeypatch.setattr(embed, 'encode', lambda texts, *args, **kwargs: np.eye(
-            len(texts), 32, dtype=np.float32))
-        for url, count in (('http://a/v1', 1), ('http://a/v1/', 1), ('http://bc/v1', 2)):
-            monkeypatch.setenv('OPENAI_BASE_URL', url)
-            assert grid(own, tmp_path / 'r.jsonl', '--encoder', 'openai:m') == 0
-            rows, _ = run.read_results(tmp_path / 'r.jsonl')
-            assert len(rows) == count and rows[-1]['settings']['endpoint'] == url.rstrip('/')
 
     def test_a_cell_that_fails_is_named_and_the_others_run(self, own, tmp_path, capsys):
         results = tmp_path / 'r.jsonl'
@@ -147,7 +137,8 @@ class TestRun:
             assert grid(own, path) == 2 and 'names no file' in capsys.readouterr().err
         assert grid(own, '/dev/null/r.jsonl') == 2
         for flags in (['--strategy', 'var,best'], ['--dim', '8,x'], ['--cold', '.5,2'],
-                      ['--model', ''], ['--seeds', '0'], ['--save', tmp_path / 's'], ['--lr', 'x']):
+                      ['--model', ''], ['--seeds', '0'], ['--seeds', 10 ** 9], ['--lr', 'x'],
+                      ['--save', tmp_path / 's']):
             capsys.readouterr()
             with pytest.raises(SystemExit) as stop:
                 grid(own, tmp_path / 'r.jsonl', *flags)
@@ -176,22 +167,37 @@ class TestRun:
         assert any('seed 0: epoch 2, best' in part for part in live)
         assert '\x1b[Krun.py: error: cannot keep 5000' in out.decode()
 
-    @given(st.integers(0, 2 ** 32), st.floats(0, 1))
-    @settings(max_examples=60, deadline=None)
-    def test_thin_removes_a_share_and_leaves_everyone_one(self, seed, share):
-        train = random_graph(40, 30, .3, seed)
-        left, again = (run.thin(train, share, np.random.default_rng(seed)) for _ in range(2))
-        had, has = np.diff(train.indptr), np.diff(left.indptr)
-        assert left.shape == train.shape and left.dtype == np.float32 and (left.data == 1).all()
-        assert not (left > train).nnz and (left != again).nnz == 0
-        assert (has >= np.minimum(had, 1)).all() and (has <= had).all()
-        assert (np.abs(had - has - share * had) < 1)[had > 1].all() or share > .9
+    def test_morec_projects_frozen_vectors_and_trains_as_it_always_did(self):
+        train, valid, _ = data.split(planted(), np.random.default_rng(0))
+        rng = np.random.default_rng(1)
+        start = [llminit.xavier(rng, n, 16) for n in train.shape]
+        projection0 = run.morec.projection(rng, 16, 128)
+        model, curve = models.train('morec', train, valid, *start, rng, epochs=2,
+                                    projection0=projection0, log=lambda line: None)
+        np.testing.assert_allclose([epoch['loss'] for epoch in curve], [.69786463, .70078603],
+                                   rtol=1e-5)
+        assert (model.table.detach().numpy() == np.concatenate(start)).all()
+        z = np.concatenate(start) @ model.projection.detach().numpy()
+        np.testing.assert_allclose(np.concatenate(model.embeddings()), z, atol=1e-6)
 
-    def test_thin_draws_evenly_and_as_it_always_did(self):
-        left = run.thin(sp.csr_matrix(np.ones((4000, 5), np.float32)), .5, np.random.default_rng(0))
-        assert abs(left.nnz / 20000 - .5) < .01
-        assert np.ptp(left.getnnz(axis=0)) < 250                       # 2,000 each, sigma 32
-        assert run.digest(left)[:12] == '512ac2e871c1'
+    def test_no_epochs_is_the_start_and_damaged_lines_are_left_alone(self, own, tmp_path, capsys):
+        results = tmp_path / 'r.jsonl'
+        assert grid(own, results, '--epochs', 0, '--cold', '0,.5') == 0
+        rows, _ = run.read_results(results)
+        assert [row['best epoch'] for row in rows] == [0, 0] and rows[0]['valid']['NDCG@10'] > 0
+        assert rows[0]['ranks'] != rows[1]['ranks']
+        row = json.loads(results.read_text().splitlines()[0])
+        damaged = ['[' * 10 ** 5, '{"settings": 1}', '7', json.dumps(row | {'seconds': 'x'}),
+                   json.dumps(row).replace(str(row['seconds']), '9' * 400), json.dumps(
+                       row | {'training': {}})[:-1], '\x00\xff']
+        with open(results, 'a', encoding='latin-1') as file:
+            file.write('\n'.join(damaged) + '\n')
+        before = results.read_bytes()
+        assert grid(own, results, '--epochs', 0) == 0 and results.read_bytes() == before
+        err = capsys.readouterr().err
+        assert f'{len(damaged)} damaged lines' in err and 'files held is not compared' in err
+        assert run.time_left([], [row | {'seconds': s} for s in (-1., 1e300, float('nan'))]
+                             ) == 'time left unknown'
 
     def test_the_spectrum_of_a_table(self):
         flat = run.spectrum(torch.eye(6))
