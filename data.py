@@ -1,47 +1,42 @@
 """Interactions and item texts: download, read, filter, split.
 
-    interactions, texts, titles, users, items, low = load('beauty')  # or 'ml-100k', or a folder
+    interactions, texts, titles, users, items, low = load('beauty')    # or 'ml-100k', or a folder
     train, valid, test = split(interactions, np.random.default_rng(0))
 
-The data of LLMInit (arXiv 2503.01814): keep ratings >= 4, drop interactions of items without
-metadata, count a repeated pair once, then 5-core; leave one out per user, in random order.
-
+The data of LLMInit (arXiv 2503.01814, section 4.1): keep ratings >= 4, drop interactions of items
+without metadata, count a repeated pair once, then 5-core; leave one out per user, at random.
 beauty, toys, tools and office are Amazon sets of 2014, zips of RecBole atomic files; ml-100k is
-MovieLens-100k, from the recbole wheel. <folder>/amazon-beauty/amazon-beauty.inter and .item are
-fetched only if missing. A folder of your own has one file with the columns user_id and item_id
-(rating, timestamp), and one with item_id and texts: CSV, TSV or atomic files, UTF-8, plain or gz,
-with a header, which decides the delimiter (tab , ; or |).
+MovieLens-100k, from the recbole wheel. They are downloaded if they are missing. A folder of your
+own has two files, or the first alone; rating and timestamp may be left out:
 
-    user_id, userId and 'User ID' are one name; `columns` names others. Ids are strings
-    missing is what pandas.read_csv takes as missing, and \\N; a missing timestamp is the oldest
-    a row without an id, with too few or many cells, or with a rating that is no number goes
-    a row without a rating is a positive, like every row of a file without ratings
-    ratings that are all 0 or 1, or False or True, are labels: 1 is a positive
-    a comma in a rating is a decimal comma; a pair that was rated high and low is a positive
-    quotes hold delimiters and line ends, but in an atomic file a quote is a letter
-    text: the columns of the item file in order, except ids, the type float, columns that are mostly
-    addresses and columns without a type that are mostly numbers
-    the title is the column title, or name, or one that ends so, or the first text
-    users are numbered by first appearance, items by the item file; of repeated items the first
-    counts. Without an item file the texts are empty; a single file with a title is both
-What is dropped of such a folder is counted on stderr. HTML stays; ratings are not weights.
+    user_id,item_id,rating,timestamp        item_id,title
+    ann,tea,5,1389312000                    tea,"Green tea, 100 bags"
+    ann,saw,2,1389398400                    saw,Saw for wood
+
+Endings are .csv, .tsv, .inter and .item, plain or .gz. Files are UTF-8; the delimiter is the most
+frequent tab, comma or semicolon of the header. Names are exact. Quotes are those of CSV, but in
+RecBole's atomic files (user_id:token) a quote is a letter. Ids are strings; blanks around a cell do
+not count, nor do empty lines. Any other row that is not as it should be is an error with its line:
+none is dropped, and no cell is converted.
+
 U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
 LLMInit's reference implementation.
 """
+import contextlib
 import csv
 import gzip
 import hashlib
 import itertools
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
-from collections import defaultdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -60,63 +55,309 @@ FOLDERS = {'beauty': 'amazon-beauty', 'toys': 'amazon-toys-games',    # [ours: R
 SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
          'tools': (9245, 6198, 73250), 'office': (3260, 1583, 36544),  # [paper], less the padding
          'ml-100k': (938, 1008, 54413)}                                # row; [ours: measured]
-MAX_UNPACKED = 2 << 30                 # bytes [ours: 20 times a set of 2 million rows]
-NAMES = {name.replace('_', ''): name for name in     # by plain(): what columns are called here
-         ('user_id', 'item_id', 'rating', 'label', 'timestamp', 'title')}
-MISSING = {'', '#N/A', '#N/A N/A', '#NA', '-1.#IND', '-1.#QNAN', '-NaN', '-nan', '1.#IND',
-           '1.#QNAN', '<NA>', 'N/A', 'NA', 'NULL', 'NaN', 'None', 'n/a', 'nan', 'null', '\\N'}
+TEXTS = {**dict.fromkeys(ZIPS, ('title', 'brand', 'categories')),      # the columns that make the
+         'ml-100k': ('movie_title', 'release_year', 'class')}          # text [authors' code; ours]
+MAX_BYTES = 2 << 30                    # of a zip and of a file in it [ours: 20 times such a set]
+NAMES = ('user_id', 'item_id', 'rating', 'timestamp', 'title')        # what `columns` may rename
+MISSING = {'', '#N/A N/A', '\\N', *'#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA '
+           'NULL NaN None n/a nan null'.split()}      # what pandas takes as missing; databases' \N
 
 
-def note(text, kind='note'):
-    """One line on stderr, where it does not mix with results."""
-    print(f'{kind}: {text}', file=sys.stderr)
+# ---- messages and paths ------------------------------------------------------------------------
+
+def shown(text, most=300):
+    """The beginning of a text from outside, on one line that a terminal shows."""
+    text = str(text)
+    begin = text[:most] if text[:most].isprintable() else repr(text[:most])[1:-1]
+    return begin + '...' * (len(text) > most)
 
 
 def some(names, most=8):
-    """'a, b, c and 4 more', for messages: on one line, whatever the names are."""
-    shown = [(name if name.isprintable() else ascii(name)[1:-1])[:100] for name in map(str, names)]
-    more = f' and {len(shown) - most} more' if len(shown) > most else ''
-    return (', '.join(shown[:most]) if shown else 'nothing') + more
+    """'a, b, c and 4 more', for messages."""
+    names = [shown(name, 100) for name in names]
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return (', '.join(names[:most]) or 'nothing') + more
 
 
-def counted(lost, mark=','):
-    """', 3 repeated, 2 without an id' of {why: how many}."""
-    return ''.join(f'{mark} {n:,} {why}' for why, n in lost.items() if n)
+def counted(numbers):
+    """', 3 repeated, 2 rated below 4' of {what: how many}, without those that are zero."""
+    return ''.join(f', {n:,} {what}' for what, n in numbers.items() if n)
 
 
-def download(url, path, sha256=None, size=None):
-    """Fetch url to path: streamed to a temporary name, checked, renamed. OSError and no file else.
-    A body that breaks off is continued with Range, four times at most."""
-    part = Path(f'{path}.{os.urandom(4).hex()}.part')
-    again = Retry(4, backoff_factor=.5, status_forcelist=(408, 429, 500, 502, 503, 504))
-    again.retry_after_max = 60                             # seconds; older urllib3 obey the server
+def note(text):
+    """One line on stderr, where it does not mix with results."""
+    print(f'note: {text}', file=sys.stderr)
+
+
+def refused(path, why, line=None, row=None):
+    """The ValueError for a file, or for a row of it: where, why, and the row itself."""
+    where = f', line {line}' if line else ''
+    what = f'. The row: {shown(", ".join(row), 120)}' if row else ''
+    return ValueError(f'{shown(path)}{where}: {why}{what}')
+
+
+def expanded(path):
+    """A path whose ~ is the home. ValueError if that is unknown."""
     try:
-        with requests.Session() as session, open(part, 'w+b') as file:
-            session.adapters = {'http': HTTPAdapter(max_retries=again)}       # and https
-            for left in (4, 3, 2, 1, 0):
-                at = file.tell()
-                headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={at}-' if at else None}
-                answer = session.get(url, stream=True, timeout=(10, 60), headers=headers)
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise refused(path, 'no home is known here; write the path out') from None
+
+
+# ---- reading files -----------------------------------------------------------------------------
+
+def header(path, cells, atomic, columns):
+    """{name: place} of the columns that a file's first line names.
+
+    columns: {our name: theirs}; a column that is renamed is known by both names.
+    """
+    names = [cell.strip() for cell in cells]
+    if atomic:                                             # user_id:token -> user_id
+        names = [name.partition(':')[0] for name in names]
+    place = {name: n for n, name in enumerate(names)}
+
+    if '' in place or len(place) < len(names):
+        wrong = next(name for n, name in enumerate(names) if not name or place[name] != n)
+        raise refused(path, 'the first line must be a header that names each column, each once; '
+                      f"found '{shown(wrong)}' in {some(names)} (with pandas: index=False)")
+
+    for ours, theirs in columns.items():
+        if theirs in place and place.get(ours, place[theirs]) != place[theirs]:
+            raise refused(path, f'columns says {ours}={shown(theirs)}, but a column {ours} is '
+                          'there too; delete or rename one of the two')
+    return place | {ours: place[theirs] for ours, theirs in columns.items() if theirs in place}
+
+
+def read_rows(path, columns):
+    """Yield the header() of a file, then (line, cells) of each row. ValueError, with the line, for
+    what cannot be read and for rows that are not as wide as the header."""
+    opener = gzip.open if path.name.lower().endswith('.gz') else open
+    line = 1                                               # where the next row begins
+    try:
+        with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
+            first = file.readline()
+            atomic = ':token' in first                     # RecBole's: a quote is a letter there
+            reader = csv.reader(itertools.chain([first], file), strict=True,
+                                delimiter=max('\t,;', key=first.count), skipinitialspace=not atomic,
+                                quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
+            names = next(reader, [])
+            yield header(path, names, atomic, columns)
+
+            line = reader.line_num + 1
+            for row in reader:
+                if row and (row == names or row[0].startswith('\ufeff')):
+                    raise refused(path, 'a second header, as of two files that were joined; delete '
+                                  'this line', line, row)
+                if row and len(row) != len(names):
+                    raise refused(path, f'{len(row)} cells, but {len(names)} in the header; quote '
+                                  'cells that hold the delimiter, double quotes inside quotes, and '
+                                  "leave out R's row names", line, row)
+                if row:
+                    yield line, row
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        line += error.object[:error.start].count(b'\n')
+        raise refused(path, f'not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8, or '
+                      "mend single letters with pandas.read_csv(PATH, encoding_errors='replace')",
+                      line) from None
+    except csv.Error as error:
+        raise refused(path, f'{error}; close each quote, and double the quotes inside quotes',
+                      line) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise refused(path, f'{error}; fetch it again', line) from None
+
+
+def to_id(cell):
+    """The id in a cell, without blanks around it. ValueError if there is none."""
+    cell = cell.strip()
+    if cell in MISSING:
+        raise ValueError(f"an id is missing, here '{cell}'; drop such rows (pandas: dropna)")
+    if re.search('[\0-\37]', cell):
+        raise ValueError('an id holds a line end or a control character; is a quote not closed?')
+    if re.fullmatch(r'\d([.,]\d+)?[Ee]\+\d+', cell):
+        raise ValueError(f'the id {cell} is a number that a spreadsheet has rounded, and different '
+                         'ids may have become one; export the column as text')
+    return cell
+
+
+class Numbers(dict):
+    """{id: number} by first appearance: a cell with a new id gets the next number."""
+
+    def __missing__(self, cell):
+        return self.setdefault(to_id(cell), len(self))
+
+
+def to_number(cell, name):
+    """The finite number in a cell of the column `name`. ValueError if there is none."""
+    try:
+        number = float(cell) if '_' not in cell else math.nan          # Python reads 1_000
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"the {name} '{shown(cell, 40)}' is no number such as 4.5 or 1389312000; "
+                         'convert it or drop the row')
+    return number
+
+
+def read_interactions(path, columns, timestamps):
+    """The rows (E,) of an interaction file: user, item, rating (infinite without such a column) and
+    time; the ids of users; those of items. Both are numbered by first appearance."""
+    file = read_rows(path, columns)
+    place = next(file)
+    needed = ['user_id', 'item_id'] + ['timestamp'] * timestamps
+    if lacking := [name for name in needed if name not in place]:
+        raise refused(path, f'no column {some(lacking)} among {some(place)}')
+
+    user, item, rating, at = map(place.get, ('user_id', 'item_id', 'rating', 'timestamp'))
+    users, items = Numbers(), Numbers()
+
+    def rows():
+        for line, row in file:
+            try:
+                yield (users[row[user]], items[row[item]],
+                       math.inf if rating is None else to_number(row[rating], 'rating'),
+                       0 if at is None else to_number(row[at], 'timestamp'))
+            except ValueError as error:
+                raise refused(path, error, line, row) from None
+
+    fields = [('user', 'i4'), ('item', 'i4'), ('rating', 'f8'), ('time', 'f8')]
+    table = np.fromiter(rows(), fields)
+    if not len(table):
+        raise refused(path, 'no rows below the header')
+    return table, list(users), list(items)
+
+
+def read_items(path, columns, text_columns, usual):
+    """The ids, texts and titles of an item file, in its order, and the columns that make the text:
+    `usual` if text_columns is None. The first of `usual` is the title. An item that is there twice
+    counts once, if it has the same text."""
+    file = read_rows(path, columns)
+    place = next(file)
+    taken = usual if text_columns is None else text_columns
+    if text_columns is None and {*place.values()} == {place.get('item_id')}:    # ids alone
+        taken = ()
+    if lacking := [name for name in ('item_id', *taken) if name not in place]:
+        raise refused(path, f'no column {some(lacking)} among {some(place)}; name those that make '
+                      'the text with text_columns, on the command line --text-columns A,B')
+    title = usual[:1] if usual[0] in place else taken[:1]
+
+    def joined(row, names):
+        cells = [row[place[name]].strip() for name in names]
+        return ' '.join(' '.join(cell for cell in cells if cell not in MISSING).split())
+
+    items = {}                                             # {id: (text, title)}
+    for line, row in file:
+        found = joined(row, taken), joined(row, title)
+        try:
+            if items.setdefault(to_id(row[place['item_id']]), found) != found:
+                raise ValueError('this item_id was there before, with another text; keep one')
+        except ValueError as error:
+            raise refused(path, error, line, row) from None
+
+    texts, titles = (list(column) for column in zip(*items.values())) if items else ([], [])
+    return list(items), texts, titles, taken
+
+
+def own_files(folder, columns):
+    """The interaction file, and the item file or None, of a folder, found by their columns."""
+    if not folder.is_dir():
+        raise refused(folder, f'neither a folder nor one of {some(FOLDERS)}')
+    headers, others = {}, []                               # {path: {name: place}}, names
+    for path in sorted(path for path in folder.iterdir() if path.name[0] != '.'):
+        if path.is_file() and re.search(r'\.(csv|tsv|inter|item)(\.gz)?$', path.name, re.I):
+            headers[path] = next(read_rows(path, columns))
+        elif path.suffix != '.npz':                        # vectors beside the data
+            others.append(path.name)
+
+    pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
+    items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
+    if len(pairs) != 1 or len(items) > 1 or len(pairs + items) < len(headers):
+        found = [f'{shown(path.name)} with {some(names)}' for path, names in headers.items()]
+        raise refused(folder, 'expected one file with the columns user_id and item_id, and at '
+                      'most one other, with item_id, as .csv, .tsv, .inter or .item, plain or .gz; '
+                      f'found {"; ".join(found) or "none"}; not read: {some(others)}. The first '
+                      'line must be a header, with tabs, commas or semicolons; other names: '
+                      '--columns user_id=visitorid item_id=itemid. Of several such files keep one, '
+                      'or join them: the split is drawn here. Move other files away')
+
+    known = {name for names in headers.values() for name in names}
+    if idle := [f'{ours}={theirs}' for ours, theirs in columns.items() if theirs not in known]:
+        raise refused(folder, f'columns says {some(idle)}, but there are {some(sorted(known))}')
+    if others:
+        note(f'{shown(folder)}: not read: {some(others)}')
+    return pairs[0], items[0] if items else None
+
+
+def read_files(inter, item, usual, columns, text_columns, timestamps):
+    """Rows (E,) of read_interactions(), by time if asked, with items numbered by the item file, -1
+    if it lacks them; user ids; item ids, texts and titles; the columns that make the text."""
+    rows, user_ids, rated = read_interactions(inter, columns, timestamps)
+    if timestamps:
+        rows = rows[np.argsort(rows['time'], kind='stable')]
+    if item is None and text_columns:
+        raise refused(inter, f'has no item file beside it to take {some(text_columns)} from')
+    if item is None:
+        empty = [''] * len(rated)
+        return rows, user_ids, rated, empty, empty, ()
+
+    ids, texts, titles, taken = read_items(item, columns, text_columns, usual)
+    place = {name: n for n, name in enumerate(ids)}
+    rows['item'] = np.array([place.get(name, -1) for name in rated])[rows['item']]
+    if (rows['item'] < 0).all():
+        raise refused(inter, f'none of its items is in {shown(item)}; the ids here are such as '
+                      f'{some(rated, 3)}, there {some(ids, 3)}')
+    return rows, user_ids, ids, texts, titles, taken
+
+
+# ---- known sets --------------------------------------------------------------------------------
+
+def write_blocks(answer, path, most):
+    """Write the body of an answer to path, told live on a terminal. OSError if it is too long."""
+    written = 0
+    with open(path, 'wb') as file:
+        for block in answer.iter_content(1 << 16):
+            written += file.write(block)
+            if written > most:
+                raise OSError(f'more than {most:,} bytes')
+            if sys.stderr.isatty():
+                print(f'{written >> 20:5} MB of {answer.url}', end='\r', file=sys.stderr)
+
+
+def download(url, path, sha256=None, size=None, most=2 << 30):
+    """Fetch url to path: streamed under a temporary name, checked, then renamed.
+
+    sha256, size: what must come, None if unknown; most: bytes that are read at the most. A busy
+    server is asked up to three times, and a body that breaks off once more from its start.
+    OSError in one line, and no file, if it does not come whole.
+    """
+    part = Path(f'{path}.{os.urandom(4).hex()}.part')
+    busy = Retry(2, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
+    busy.retry_after_max = 60                              # seconds; older urllib3 obey the server
+    most = size or most
+
+    try:
+        with requests.Session() as session:
+            session.adapters = {'http': HTTPAdapter(max_retries=busy)}            # and https
+            for attempt in (1, 2):
+                answer = session.get(url, stream=True, timeout=(10, 60),
+                                     headers={'Accept-Encoding': 'identity'})
                 answer.raise_for_status()
-                if not answer.headers.get('Content-Range', '').startswith(f'bytes {at}-'):
-                    file.truncate(file.seek(0))            # the server sends all of it again
                 try:
-                    for block in answer.iter_content(1 << 16):
-                        file.write(block)
-                        if sys.stderr.isatty():
-                            print(f'{file.tell() >> 20:5} MB of {url}', end='\r', file=sys.stderr)
-                        if size and file.tell() > size:    # an endless body must not fill the disk
-                            break
+                    write_blocks(answer, part, most)
                     break
-                except requests.RequestException:
-                    if not left:
+                except requests.RequestException:          # the body broke off
+                    if attempt == 2:
                         raise
-            file.seek(0)
-            found, came = hashlib.file_digest(file, 'sha256').hexdigest(), file.tell()
-        if size not in (None, came) or sha256 not in (None, found):
-            raise OSError(f'{came} bytes with SHA-256 {found}; expected {size} with {sha256}')
+
+        with open(part, 'rb') as file:
+            found = hashlib.file_digest(file, 'sha256').hexdigest()
+        if size not in (None, part.stat().st_size) or sha256 not in (None, found):
+            raise OSError(f'{part.stat().st_size} bytes with SHA-256 {found}; expected {size} '
+                          f'with {sha256}')
         part.replace(path)
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
+        while error.__context__:                           # the innermost says why
+            error = error.__context__
         raise OSError(f'{url}: {" ".join(str(error).split())}') from None
     finally:
         part.unlink(missing_ok=True)
@@ -126,14 +367,16 @@ def fetch(dataset, scratch):
     """Download the zip of a dataset, or the wheel that has it, into a scratch folder: its path."""
     if dataset in ZIPS:
         archive = Path(scratch, ZIPS[dataset])
-        download(URL + ZIPS[dataset], archive)
+        download(URL + ZIPS[dataset], archive, most=MAX_BYTES)
         return archive
+
     ran = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest',
                           scratch, '--disable-pip-version-check', '--only-binary=:all:', WHEEL],
+                         env={**os.environ, 'TMPDIR': scratch},        # what a killed pip leaves
                          capture_output=True, text=True, errors='replace')
     if ran.returncode:
         raise OSError(f'pip download {WHEEL}: {ran.stderr.strip().rpartition(chr(10))[2]}')
-    archive = next(Path(scratch).iterdir())
+    archive = next(Path(scratch).glob('*.whl'))
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise OSError(f'{archive.name}: SHA-256 is {found}, expected {WHEEL_SHA256}')
@@ -147,9 +390,9 @@ def unpack(archive, path):
             found = [(m.filename, m.file_size, m.compress_type) for m in box.infolist()
                      if m.filename.endswith(path.suffix)
                      and not os.path.basename(m.filename).startswith('.')]           # macOS's
-            # zipfile unpacks only methods 0 and 8 in bounded pieces
-            if len(found) != 1 or found[0][1] > MAX_UNPACKED or found[0][2] not in (0, 8):
-                raise ValueError(f'expected one *{path.suffix} of at most {MAX_UNPACKED:,} bytes, '
+            # zipfile unpacks only methods 0 and 8 in bounded pieces, and never more than file_size
+            if len(found) != 1 or found[0][1] > MAX_BYTES or found[0][2] not in (0, 8):
+                raise ValueError(f'expected one *{path.suffix} of at most {MAX_BYTES:,} bytes, '
                                  f'found {found}')
             with box.open(found[0][0]) as source, open(path, 'wb') as file:
                 shutil.copyfileobj(source, file)                    # zipfile checks the CRC
@@ -159,13 +402,24 @@ def unpack(archive, path):
 
 def dataset_files(dataset, folder):
     """Paths of a dataset's .inter and .item file, fetched if missing; what is there stays."""
+    for left in folder.glob('.part-*'):                    # by a run that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left)
+
+    if os.path.isdir(dataset):
+        note(f'{dataset} is the known set; the folder of that name is ./{dataset}')
+
     name = FOLDERS[dataset]
-    home = Path(folder, name)
+    home = folder / name
     paths = [home / f'{name}.inter', home / f'{name}.item']
-    if not (missing := [path for path in paths if not path.is_file()]):
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
         return paths
+
+    # all are unpacked before the first is moved to its place
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.part-', dir=folder) as scratch:
             archive = fetch(dataset, scratch)
             for path in missing:
@@ -175,231 +429,12 @@ def dataset_files(dataset, folder):
                 Path(scratch, path.name).replace(path)
     except (OSError, ValueError) as error:
         raw = ' (experiments/amazon2014.py makes them from the raw files)' * (dataset in ZIPS)
-        raise OSError(f'{dataset}: {error}; place {name}.inter and {name}.item in {home} by hand'
-                      + raw) from None
+        raise OSError(f'{dataset}: {shown(error, 1000)}; place {name}.inter and {name}.item in '
+                      f'{shown(home)} by hand{raw}') from None
     return paths
 
 
-def plain(name):
-    """A column's name without case, blanks and signs: 'userId', 'User ID' and 'user_id' are one."""
-    return re.sub(r'[\W_]', '', name.lower())
-
-
-def header(cells, columns):
-    """{name: (type or '', name in the file)}, renamed by columns, then NAMES, if that is free."""
-    found = [re.fullmatch('(.*?)(?::(token|token_seq|float|float_seq))?', cell.strip(), re.DOTALL)
-             for cell in cells]
-    names = [match[1] for match in found]
-    for renamed in (columns.get, lambda name: NAMES.get(plain(name))):
-        there = {*names}
-        names = [name if renamed(name) in there else renamed(name) or name for name in names]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError('the first line must name the columns, each once; found '
-                         f'{some(twice[:1])} twice in {some(cells)}')
-    return {name: (match[2] or '', match[1]) for name, match in zip(names, found)}
-
-
-def read_rows(path, columns, dropped):
-    """Yield the header() of a file, then its rows, all as wide; add the numbers of other lines to
-    dropped. ValueError if the file is damaged or not UTF-8, or if a quote never ends."""
-    try:
-        with open(path, 'rb') as file:
-            opener = gzip.open if file.read(2) == b'\x1f\x8b' else open
-        with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
-            filled = ((n, line) for n, line in enumerate(file) if line.strip())
-            above, first = next(filled, (0, ''))           # blank lines above the header
-            if first.startswith(('#', 'sep=')):
-                raise ValueError('the first line must be the header: delete'
-                                 f"{' the # or' * (first[0] == '#')} the line {first[:60]!r}")
-            atomic = re.search(':(token|float)', first)    # a quote is a letter there
-            csv.field_size_limit(1 << 24)                  # letters [ours: the default is too low]
-            reader = csv.reader(itertools.chain([first], file), skipinitialspace=not atomic,
-                                delimiter=max('\t,;|', key=first.count), strict=True,
-                                quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
-            cells = next(reader)
-            yield header(cells, columns)
-            row, at = [], above + reader.line_num
-            while row is not None:
-                line, row = at + 1, cells                  # a row that csv refuses is dropped too
-                try:
-                    row = next(reader, None)
-                except csv.Error:
-                    pass
-                at = above + reader.line_num
-                if row and len(row) == len(cells) and row != cells:
-                    yield row
-                elif row and at > line:                    # lines would be lost with it
-                    raise ValueError(f'lines {line} to {at} are one row by their quotes, but not '
-                                     f'of {len(cells)} cells as the header: double quotes inside '
-                                     'quotes, and quote cells that hold the delimiter')
-                elif row:
-                    dropped.append(at)
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8:'
-                         ' pandas.read_csv(PATH, dtype=str, encoding=...).to_csv(PATH, index=False)'
-                         ) from None
-    except csv.Error as error:
-        raise ValueError(f'{path}: {some([error])} in the file that begins {first[:60]!r}'
-                         ) from None
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f'{path}: {error}') from None
-
-
-def read_table(path, columns, needed, more=None):
-    """{name: (codes (E,), strings)} of the needed columns and those of `more` that are there, None
-    for all; {name: type} of all; {why: rows dropped}. Strings are numbered by first appearance, in
-    C and not by Python code for each cell; they have no blanks around them, a missing one is ''."""
-    dropped = []
-    rows = read_rows(path, columns, dropped)
-    kinds = next(rows)
-    if not {*needed} <= {*kinds}:
-        raise ValueError(f'{path}: expected the columns {some(needed)}, found {some(kinds)}')
-    names = [name for name in kinds if more is None or name in (*needed, *more)]
-    tables = {name: defaultdict(itertools.count().__next__) for name in names}
-    codes = {name: [] for name in names}
-    while chunk := list(itertools.islice(rows, 256)):      # [ours: more leave the CPU cache]
-        cells = dict(zip(kinds, zip(*chunk)))
-        for name, table in tables.items():
-            numbers = map(table.__getitem__, cells[name])
-            codes[name].append(np.fromiter(numbers, np.int32, len(chunk)))
-    if not codes['item_id']:
-        raise ValueError(f'{path}: no rows with the {len(kinds)} cells of the header, but '
-                         f"{len(dropped)} others: R's row names, or a sign at each line's end?")
-    strings = {name: ['' if text in MISSING else text for text in map(str.strip, table)]
-               for name, table in tables.items()}
-    return ({name: (np.concatenate(codes[name]), strings[name]) for name in names}, kinds,
-            {f'unlike the header (line {some(dropped, 3)})': len(dropped)})
-
-
-def clean_ids(codes, ids, path):
-    """Codes (E,) of the distinct ids, and those; a missing id has code -1."""
-    place = {name: n for n, name in enumerate(dict.fromkeys(filter(None, ids)))}
-    if wrong := next((name for name in place if re.search('[\0-\37]', name)), None):
-        raise ValueError(f'{path}: the id {wrong[:60]!r} holds a sign that no id has: is a quote '
-                         'not closed, or the file not UTF-8?')
-    pattern = r'\d([.,]\d+)?[Ee]\+?\d+'
-    if rounded := next((name for name in place if re.fullmatch(pattern, name)), None):
-        note(f'{path}: an id is {rounded}, as spreadsheets round long numbers: different ids may '
-             'have become one', 'warning')
-    return np.array([place.get(name, -1) for name in ids], np.int32)[codes], list(place)
-
-
-def to_number(text):
-    """A float; NaN if it is missing, -inf if it is no number."""
-    text = {'true': '1', 'false': '0', '': 'nan'}.get(text.lower(), text)
-    try:
-        return float(text.replace(',', '.'))
-    except ValueError:
-        return -np.inf
-
-
-def read_interactions(path, min_rating, columns, timestamps):
-    """Of the rows that are interactions, by time if with timestamps: user and item codes (E,) and
-    positive or not (E,); the users' and the items' ids; {why a row is no positive: how many}."""
-    needed = ['user_id', 'item_id'] + ['timestamp'] * timestamps
-    table, _, lost = read_table(path, columns, needed, ('rating', 'label'))
-    users, user_ids = clean_ids(*table['user_id'], path)
-    items, item_ids = clean_ids(*table['item_id'], path)
-    rows = (users >= 0) & (items >= 0)
-    lost['without an id'] = (~rows).sum()
-    codes, texts = table.get('rating') or table.get('label') or (0 * users, [''])    # all missing
-    ratings = np.array([to_number(text) for text in texts])[codes]
-    lost['with a rating that is no number'] = (rows & (ratings == -np.inf)).sum()
-    rows &= ratings != -np.inf
-    label = set(ratings[rows & ~np.isnan(ratings)]) <= {0., 1.}
-    positive = ~(ratings < (1 if label else min_rating))         # NaN, a missing one, is positive
-    lost['labelled 0' if label else f'rated below {min_rating:g}'] = (rows & ~positive).sum()
-    if timestamps:
-        codes, texts = table['timestamp']
-        times = np.array([to_number(text) for text in texts])
-        if (times == -np.inf).any():
-            try:
-                dates = [datetime.fromisoformat(text or '0001-01-01') for text in texts]
-            except ValueError as error:
-                raise ValueError(f'{path}: timestamps are numbers or ISO dates: {some([error])}'
-                                 ) from None
-            times = np.array([day.replace(tzinfo=day.tzinfo or UTC).timestamp() for day in dates])
-        times = np.nan_to_num(times, nan=-np.inf)[codes][rows]           # a missing one is oldest
-        rows = np.flatnonzero(rows)[np.argsort(times, kind='stable')]
-    return users[rows], items[rows], positive[rows], user_ids, item_ids, lost
-
-
-def is_text(kind, strings):
-    """Whether a column is text: its type is, or at least half of its distinct cells that are not
-    missing are no numbers; and at least half are no addresses, words with :// in them."""
-    cells = [text for text in strings if text]
-    texts = [text for text in cells if (kind or to_number(text) == -np.inf)
-             and not all('://' in word for word in text.split())]
-    return not kind.startswith('float') and 2 * len(texts) >= max(len(cells), 1)
-
-
-def read_items(path, text_columns, columns):
-    """The distinct items' ids, texts and titles in the order of the file, and the text columns."""
-    table, kinds, lost = read_table(path, columns, ['item_id'])
-    codes, ids = clean_ids(*table.pop('item_id'), path)
-    both = {*NAMES.values()} - {'title'} if 'user_id' in kinds else ()     # not of the items
-    table = {name: column for name, column in table.items() if name not in both}
-    taken = [name for name in table if name == 'title' or is_text(kinds[name][0], table[name][1])]
-    if text_columns is not None:
-        taken = []
-        for asked in text_columns:
-            same = [asked] if asked in table else [n for n in table if plain(n) == plain(asked)]
-            if len(same) != 1:
-                raise ValueError(f'{path}: expected a column {some([asked])}, found {some(table)}')
-            taken += same
-    title = [name for end in ('title', 'name', '.*title', '.*name') for name in table
-             if re.fullmatch(end, plain(name))] + taken
-    numbers, rows = np.unique(codes, return_index=True)    # by first appearance; -1: no id
-    rows = rows[numbers >= 0]
-    lost |= {'without an item_id': (codes < 0).sum(),
-             'with a repeated item_id': (codes >= 0).sum() - len(rows)}
-    if not both and any(lost.values()):
-        note(f'{path}: {len(rows):,} items stay{counted(lost)}')
-
-    def joined(names, row):
-        cells = [strings[codes[row]] for codes, strings in map(table.get, names)]
-        return ' '.join(' '.join(cells).split())
-    return (ids, [joined(taken, row) for row in rows], [joined(title[:1], row) for row in rows],
-            taken)
-
-
-def own_files(folder, columns):
-    """The interaction file, and the item file or None, of a folder, found by their columns."""
-    headers, others = {}, []
-    any_text = re.compile(r'\.txt(\.gz)?$', re.I).search              # a .txt may be anything
-    for path in sorted(path for path in Path(folder).iterdir() if path.name[0] != '.'):
-        if path.is_file() and re.search(r'\.(csv|tsv|txt|inter|item)(\.gz)?$', path.name, re.I):
-            try:
-                headers[path] = next(read_rows(path, columns, []))
-            except ValueError as error:
-                if not any_text(path.name):
-                    raise
-                others.append(path.name + str(error).removeprefix(str(path)))
-        else:
-            others.append(path.name)
-    pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
-    items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
-    wrong = [path for path, names in headers.items()
-             if not {'user_id', 'item_id'} & {*names} and not any_text(path.name)]
-    idle = {*columns} - {theirs for names in headers.values() for name, (_, theirs) in names.items()
-                         if columns.get(theirs) == name}
-    if len(pairs) != 1 or len(items) > 1 or wrong or idle:
-        found = [f'{path.name} (columns {some(names)})' for path, names in headers.items()]
-        found += [f'nothing to rename from {name}' for name in sorted(idle)]
-        raise ValueError(
-            f'{folder}: expected one file with user_id and item_id, and one or none with item_id '
-            'and no user_id, as .csv, .tsv, .txt, .inter or .item, plain or .gz; found '
-            f'{"; ".join(found) or "none"}; not read: {some(others)}. If there are several, keep '
-            'one or join them; the split is drawn here. Name columns as in --columns '
-            'user_id=visitorid item_id=itemid; move others away')
-    others += [path.name for path in headers if path not in pairs + items]
-    if others:
-        note(f'{folder}: not read: {some(sorted(others))}')
-    if not {'rating', 'label'} & {*headers[pairs[0]]}:
-        note(f'{folder}: no column rating or label: every row is a positive')
-    both = pairs if 'title' in headers[pairs[0]] else []               # one table of both
-    return pairs[0], (items + both + [None])[0]
-
+# ---- filters -----------------------------------------------------------------------------------
 
 def to_csr(users, items, shape, ordered=False):
     """csr of the distinct pairs (E,): ones; or, if ordered, the number of a pair's last row."""
@@ -409,95 +444,178 @@ def to_csr(users, items, shape, ordered=False):
     return sp.csr_matrix((values, np.divmod(pairs, shape[1])), shape)
 
 
-def k_core(pairs, core):
-    """The users and the items of csr (U, I) that stay if those with fewer than `core` entries, or
-    with none, go again and again until nothing goes; and the csr of these."""
+def pairs_of(matrix):
+    """A sparse or dense matrix (U, I) as csr with sorted rows. ValueError if a pair is stored twice
+    or as zero, as it may or may not be an interaction then."""
+    pairs = sp.csr_matrix(matrix)
+    if not pairs.has_sorted_indices:
+        pairs = pairs.sorted_indices()
+    if not (pairs.has_canonical_format and pairs.data.all()):
+        raise ValueError('interactions: a pair is stored twice, or as zero; sum_duplicates() and '
+                         'eliminate_zeros() of scipy.sparse mend that')
+    return pairs
+
+
+def k_core(interactions, core):
+    """Drop users and items with fewer than `core` interactions, or none, until nothing goes:
+    (U, I) -> the users and the items that stay, and the csr of these.
+
+    User 2 has one interaction; without it item 2 has one too:
+    >>> k_core(sp.csr_matrix([[1, 1, 0], [1, 1, 1], [0, 0, 1]]), 2)[:2]
+    (array([0, 1]), array([0, 1]))
+    """
+    pairs = pairs_of(interactions)
     users, items = map(np.arange, pairs.shape)
     while True:
-        u, i = (pairs.getnnz(axis=axis) >= max(core, 1) for axis in (1, 0))
+        u = pairs.getnnz(axis=1) >= max(core, 1)           # (U,)
+        i = pairs.getnnz(axis=0) >= max(core, 1)           # (I,)
         if u.all() and i.all():
             return users, items, pairs
-        pairs, users, items = pairs[u][:, i], users[u], items[i]
+        users = users[u]
+        items = items[i]
+        pairs = pairs[u][:, i]
 
+
+def count_ties(interactions, times):
+    """How many users' test or validation item, by time, only the file's order decides.
+
+    interactions: csr (U, I) whose values number the rows in time, from 1; times (E,) of the rows.
+    """
+    users = np.repeat(np.arange(interactions.shape[0]), np.diff(interactions.indptr))
+    order = np.lexsort((interactions.data, users))         # each user's, oldest first
+    times = times[interactions.data[order].astype(int) - 1]
+    newer = interactions.indptr[users + 1] - 1 - np.arange(len(users))          # how many
+    tied = (np.diff(users) == 0) & (np.diff(times) == 0) & (newer[1:] < 2)
+    return len(np.unique(users[1:][tied]))
+
+
+# ---- load, split, thin -------------------------------------------------------------------------
 
 def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_columns=None,
          timestamps=False):
     """Read a dataset, downloaded if missing, and filter it. ValueError or OSError in one line.
 
-    dataset: beauty, toys, tools, office, ml-100k (in or into folder), or a folder of your own.
-    min_rating: lower ratings are no positives [paper: 4]. core: users and items with fewer
-    interactions are dropped [paper: 5]; 0 or 1: no filter. columns: {name in your files: 'user_id',
-    'item_id', 'rating', 'timestamp' or 'title'}. text_columns: names of the columns that make the
-    text; None: title, brand and categories of the Amazon sets, else as above.
-    Returns interactions (csr U x I, float32 ones; with timestamps their order in time, from 1),
-    texts [I], titles [I], ids of users [U] and items [I], and low (csr U x I): what these users
-    rated lower, which should not be recommended to them.
+    dataset       beauty, toys, tools, office, ml-100k (in or into folder), or a folder of your own
+    min_rating    lower ratings are no positives [paper: 4]; without a column rating all rows are
+    core          users and items with fewer interactions are dropped [paper: 5]; 0 or 1: no filter
+    columns       {'user_id': 'visitorid'}: what user_id, item_id, rating, timestamp or title is
+                  called in your files; a file with both names is an error
+    text_columns  names of the columns that make the text. None: title (of the Amazon sets also
+                  brand and categories, of ml-100k title, year and genres); an own item file with
+                  columns but no title is an error then, and one of ids alone has empty texts
+    timestamps    number the interactions by the column timestamp, for split(last=True)
+
+    Returns interactions (csr U x I, float32 ones; with timestamps their order in time, from 1: of
+    equal times the file's order decides, and of a repeated pair the last row), texts [I], titles
+    [I], ids of users [U] and items [I], and low (csr U x I): what these users rated lower, which
+    should not be recommended to them. Users are numbered by first appearance, items by the item
+    file. What is not returned is counted on stderr.
     """
+    # the files, and what they hold
     own, columns = dataset not in FOLDERS, columns or {}
-    if own and not os.path.isdir(dataset):
-        raise ValueError(f'{dataset}: neither a folder nor one of {some(FOLDERS)}')
-    inter, item = own_files(dataset, columns) if own else dataset_files(dataset, folder)
-    users, items, positive, user_ids, item_ids, lost = read_interactions(
-        inter, min_rating, columns, timestamps)
-    if dataset in ZIPS and text_columns is None:
-        text_columns = ['title', 'brand', 'categories']    # [ours: what the authors' source holds]
-    if item:
-        ids, texts, titles, taken = read_items(item, text_columns, columns)
-    elif text_columns:
-        raise ValueError(f'{dataset}: no file of items to take {some(text_columns)} from')
-    else:
-        ids, taken = item_ids, []
-        texts = titles = [''] * len(ids)
-    place = {name: n for n, name in enumerate(ids)}
-    items = np.array([place.get(name, -1) for name in item_ids], int)[items]
-    there, shape = items >= 0, (len(user_ids), len(ids))
-    if there.size and not there.any():
-        raise ValueError(f'{inter}: none of its items is in {item}; the ids here are such as '
-                         f'{some(item_ids, 3)}, there {some(ids, 3)}')
-    known, low = there & positive, there & ~positive
-    pairs = to_csr(users[known], items[known], shape, ordered=timestamps)
-    rows, kept, interactions = k_core(pairs, core)                       # U x I
-    lower = to_csr(users[low], items[low], shape)[rows][:, kept]         # U x I
-    texts, titles, ids = ([column[n] for n in kept] for column in (texts, titles, ids))
-    lost |= {'of items that the item file lacks': (positive & ~there).sum(),
-             'repeated': known.sum() - pairs.nnz,
-             f'outside the {core}-core': pairs.nnz - interactions.nnz}
-    n_rows = sum(lost.values()) + interactions.nnz
-    told = f'{n_rows:,} rows: {interactions.nnz:,} interactions stay{counted(lost)}'
-    if not interactions.nnz:
-        raise ValueError(f'{inter}: {told}; lower min_rating or core, or mend the file')
+    if not {*columns} <= {*NAMES} or columns and not own:
+        raise refused(dataset, f'columns may name {some(NAMES)} of a folder of your own, each with '
+                      f'its name there; found {some(columns)}')
     if own:
-        note(f'{dataset}: {told}')
-        note(f'{dataset}: texts from {some(taken)}' + counted({
-            'items without text': texts.count(''), f'of {shape[1]:,} items have no interactions '
-            'left: not ranked, not recommended': shape[1] - len(ids)}, ';'))
+        inter, item = own_files(expanded(dataset), columns)
+    else:
+        inter, item = dataset_files(dataset, expanded(folder))
+    rows, user_ids, ids, texts, titles, taken = read_files(
+        inter, item, TEXTS.get(dataset, ('title',)), columns, text_columns, timestamps)
+
+    # positives, their core, and what the users of the core rated lower
+    shape = len(user_ids), len(ids)
+    there = rows['item'] >= 0                                                   # (E,)
+    high = rows['rating'] >= min_rating                                         # (E,)
+    positive, lower = rows[there & high], rows[there & ~high]
+    pairs = to_csr(positive['user'], positive['item'], shape, ordered=timestamps)
+    kept_users, kept_items, interactions = k_core(pairs, core)                  # U x I
+    low = to_csr(lower['user'], lower['item'], shape)[kept_users][:, kept_items]
+    user_ids = [user_ids[n] for n in kept_users]
+    ids, texts, titles = ([column[n] for n in kept_items] for column in (ids, texts, titles))
+
+    # where each row went
+    told = f'{len(rows):,} rows: {interactions.nnz:,} interactions stay' + counted({
+        f'rated below {min_rating:g}': (~high).sum(),
+        'of items that the item file lacks': (high & ~there).sum(),
+        'repeated': len(positive) - pairs.nnz,
+        f'outside the {core}-core': pairs.nnz - interactions.nnz})
+    if not interactions.nnz:
+        raise refused(inter, f'{told}; lower min_rating or core')
+    if own:
+        unrated = '; no column rating (columns can name one): every row is a positive'
+        told += unrated * bool(np.isinf(rows['rating']).all())
+        note(f'{shown(dataset)}: {told}; texts from {some(taken)}' + counted({
+            'items without text': texts.count(''),
+            f'of {shape[1]:,} items have no interactions left: not ranked, not recommended':
+            shape[1] - len(ids)}))
+    if timestamps and (ties := count_ties(interactions, positive['time'])):
+        note(f'{shown(dataset)}: of {len(user_ids):,} users {ties:,} have equal times among their '
+             'newest interactions: there the order of the file decides')
+
     found = *interactions.shape, interactions.nnz
     if (min_rating, core) == (4, 5) and found != SIZES.get(dataset, found):
-        note(f'{dataset}: {found} users, items and interactions after filtering; expected '
-             f'{SIZES[dataset]}', 'warning')
-    return interactions, texts, titles, [user_ids[n] for n in rows], ids, lower
+        raise ValueError(f'{dataset}: {found} users, items and interactions after filtering, '
+                         f'expected {SIZES[dataset]}; delete {shown(inter)} and {shown(item)}, so '
+                         'that they are fetched anew')
+    return interactions, texts, titles, user_ids, ids, low
 
 
 def split(interactions, rng, last=False):
-    """Leave-one-out: csr U x I, each pair once -> train, valid, test, each csr U x I of ones.
+    """Leave-one-out: csr (U, I), each pair once -> train, valid, test, each csr (U, I) of ones.
 
     Of a user's interactions one drawn with rng tests and another validates [paper]; with `last` the
     newest tests and the one before validates, by the values that load() gives with timestamps. A
     user with two has no validation item, with one only trains. ValueError if no user has two.
     """
-    start, count = interactions.indptr[:-1], np.diff(interactions.indptr)       # (U,)
+    pairs = pairs_of(interactions)
+    start = pairs.indptr[:-1]                                                   # (U,)
+    count = np.diff(pairs.indptr)                                               # (U,)
+    users = np.repeat(np.arange(len(count)), count)                             # (E,)
     if not (count >= 2).any():
         raise ValueError('no user has two interactions, so there is nothing to test with')
-    order = np.arange(interactions.nnz)
+
+    # which of its user's interactions, from 0, tests and which validates; (U,) each
     if last:
-        order = np.lexsort((interactions.data, np.repeat(np.arange(len(count)), count)))
-        test, valid = count - 1, count - 2
+        order = np.lexsort((pairs.data, users))            # each user's, oldest first
+        test = count - 1
+        valid = count - 2
     else:
+        if not isinstance(rng, np.random.Generator):
+            raise ValueError(f'rng: expected np.random.default_rng(SEED), found {shown(rng)}')
+        order = np.arange(pairs.nnz)
         test = rng.integers(0, np.maximum(count, 1))
         valid = rng.integers(0, np.maximum(count - 1, 1))
-        valid += valid >= test                    # uniform over the others
-    part = sp.csr_matrix(interactions, dtype=np.int8, copy=True)
-    part.data[:] = 1                              # train
-    part.data[order[(start + valid)[count >= 3]]] = 2
-    part.data[order[(start + test)[count >= 2]]] = 3
-    return [(part == number).astype(np.float32) for number in (1, 2, 3)]
+        valid += valid >= test                             # uniform over the others
+
+    part = np.ones(pairs.nnz, np.int8)                     # train
+    part[order[(start + valid)[count >= 3]]] = 2
+    part[order[(start + test)[count >= 2]]] = 3
+    return [to_csr(users[part == n], pairs.indices[part == n], pairs.shape) for n in (1, 2, 3)]
+
+
+def thin(train, share, rng):
+    """train (csr U x I) without `share` (0 to 1) of each user's interactions, drawn at random: the
+    cold start of the paper's section 4.4 and Figure 3, where it is half.
+
+    A number that is not whole is rounded up or down by a draw, so that all users together lose
+    `share`; each keeps at least one. share 0 draws nothing.
+    """
+    pairs = pairs_of(train)
+    if not 0 <= share <= 1:
+        raise ValueError(f'share: expected a number from 0 to 1, found {shown(share)}')
+    if not share:
+        return pairs
+    if not isinstance(rng, np.random.Generator):
+        raise ValueError(f'rng: expected np.random.default_rng(SEED), found {shown(rng)}')
+
+    count = np.diff(pairs.indptr)                                               # (U,)
+    going = (share * count + rng.random(len(count))).astype(int)
+    going = np.minimum(going, count - 1)                                        # (U,)
+
+    # each user's interactions in random order; the first `going` of them go
+    users = np.repeat(np.arange(len(count)), count)                             # (E,)
+    order = np.lexsort((rng.random(pairs.nnz), users))
+    place = np.arange(pairs.nnz) - pairs.indptr[users]                          # (E,), from 0
+    stays = order[place >= going[users]]
+    return to_csr(users[stays], pairs.indices[stays], pairs.shape)

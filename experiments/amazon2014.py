@@ -6,12 +6,14 @@ The files are McAuley's, http://snap.stanford.edu/data/amazon/productGraph/categ
 one of Beauty, Toys_and_Games, Tools_and_Home_Improvement, Office_Products. The reviews are the
 5-core of all ratings, which contains the 5-core of the high ones. Reviews are JSON, one a line;
 items are Python literals, which are parsed and never run. Only reviewed items are written, with a
-column description that RecBole's files do not have. Lines that cannot be read are counted.
+column description that RecBole's files do not have. Lines that cannot be read, or that lack an
+id, a rating or a time, are counted and left out: data.py refuses a file with such rows.
 """
 import argparse
 import ast
 import gzip
 import json
+import math
 import os
 import re
 import sys
@@ -52,14 +54,16 @@ def main(argv=None):
     p.add_argument('folder', type=Path, help='data/amazon-beauty, -toys-games, '
                    '-tools-home-improvement or -office-products')
     args = p.parse_args(argv)
-    reviewed = set()
+    reviewed, written = set(), set()
 
     def review(line):
         record = json.loads(line)
-        cells = (record['reviewerID'], record['asin'], float(record['overall']),
-                 record['unixReviewTime'])
-        reviewed.add(record['asin'])
-        return cells
+        user, asin = record['reviewerID'].strip(), record['asin'].strip()
+        rating, seconds = float(record['overall']), record['unixReviewTime']
+        if not (user and asin and math.isfinite(rating) and math.isfinite(seconds)):
+            raise ValueError('no id or no number')
+        reviewed.add(asin)
+        return user, asin, rating, seconds
 
     def item(line):
         asin = re.search("'asin': '(.*?)'", line)
@@ -68,6 +72,9 @@ def main(argv=None):
         record = ast.literal_eval(line)
         if record['asin'] in reviewed:
             names = [name for path in record.get('categories') or [] for name in path]
+            if record['asin'] in written:                      # of a repeated item the first counts
+                return None
+            written.add(record['asin'])
             return (record['asin'], record.get('title') or '', record.get('brand') or '',
                     ', '.join(dict.fromkeys(names)), record.get('description') or '')
     try:

@@ -48,7 +48,7 @@ def good_sets():
     inter = [('user_id', 'item_id', 'rating'), *PAIRS]
     item = [('item_id', 'title', 'price'), *((f'i{i}', name, i) for i, name in enumerate(NAMES))]
     csv = {'ratings.csv': table(inter, ',', True), 'items.csv': table(item, ';', True)}
-    tsv = {'ratings.tsv': table(inter, '\t', False), 'items.tsv': table(item, '|', False)}
+    tsv = {'ratings.tsv': table(inter, '\t', False), 'items.tsv': table(item, '\t', False)}
     one = {'all.csv': table([(*row, title) for row, title in zip(
         inter, ['title', *NAMES * 6])], ',', True)}
     typed = {'x.inter': [('user_id:token', 'item_id:token', 'rating:float'), *PAIRS],
@@ -111,7 +111,7 @@ def load(place, kind, files, options):
             (place / name).write_bytes(body)
         return data.load(str(place), **options)
 
-    def download(url, path):
+    def download(url, path, most):
         Path(path).write_bytes(files[url.rsplit('/')[-1]])
     data.download = download
     return data.load('toys', str(place), **options)
