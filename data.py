@@ -96,14 +96,6 @@ def refused(path, why, line=None, row=None):
     return ValueError(f'{shown(path)}{where}: {why}{what}')
 
 
-def expanded(path):
-    """A path whose ~ is the home. ValueError if that is unknown."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise refused(path, 'no home is known here; write the path out') from None
-
-
 # ---- reading files -----------------------------------------------------------------------------
 
 def header(path, cells, atomic, columns):
@@ -189,14 +181,12 @@ class Numbers(dict):
 
 def to_number(cell, name):
     """The finite number in a cell of the column `name`. ValueError if there is none."""
-    try:
-        number = float(cell) if '_' not in cell else math.nan          # Python reads 1_000
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"the {name} '{shown(cell, 40)}' is no number such as 4.5 or 1389312000; "
-                         'convert it or drop the row')
-    return number
+    with contextlib.suppress(ValueError):
+        number = float(cell.replace('_', '?'))             # Python reads 1_000
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"the {name} '{shown(cell, 40)}' is no number such as 4.5 or 1389312000; "
+                     'convert it or drop the row')
 
 
 def read_interactions(path, columns, timestamps):
@@ -209,7 +199,8 @@ def read_interactions(path, columns, timestamps):
         raise refused(path, f'no column {some(lacking)} among {some(place)}')
 
     user, item, rating, at = map(place.get, ('user_id', 'item_id', 'rating', 'timestamp'))
-    users, items = Numbers(), Numbers()
+    users = Numbers()
+    items = Numbers()
 
     def rows():
         for line, row in file:
@@ -262,7 +253,8 @@ def own_files(folder, columns):
     """The interaction file, and the item file or None, of a folder, found by their columns."""
     if not folder.is_dir():
         raise refused(folder, f'neither a folder nor one of {some(FOLDERS)}')
-    headers, others = {}, []                               # {path: {name: place}}, names
+    headers = {}                                           # {path: {name: place}}
+    others = []                                            # names of files that are not read
     for path in sorted(path for path in folder.iterdir() if path.name[0] != '.'):
         if path.is_file() and re.search(r'\.(csv|tsv|inter|item)(\.gz)?$', path.name, re.I):
             headers[path] = next(read_rows(path, columns))
@@ -512,14 +504,15 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     file. What is not returned is counted on stderr.
     """
     # the files, and what they hold
-    own, columns = dataset not in FOLDERS, columns or {}
+    own = dataset not in FOLDERS
+    columns = columns or {}
     if not {*columns} <= {*NAMES} or columns and not own:
         raise refused(dataset, f'columns may name {some(NAMES)} of a folder of your own, each with '
                       f'its name there; found {some(columns)}')
     if own:
-        inter, item = own_files(expanded(dataset), columns)
+        inter, item = own_files(Path(os.path.expanduser(dataset)), columns)
     else:
-        inter, item = dataset_files(dataset, expanded(folder))
+        inter, item = dataset_files(dataset, Path(os.path.expanduser(folder)))
     rows, user_ids, ids, texts, titles, taken = read_files(
         inter, item, TEXTS.get(dataset, ('title',)), columns, text_columns, timestamps)
 
@@ -527,7 +520,8 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     shape = len(user_ids), len(ids)
     there = rows['item'] >= 0                                                   # (E,)
     high = rows['rating'] >= min_rating                                         # (E,)
-    positive, lower = rows[there & high], rows[there & ~high]
+    positive = rows[there & high]
+    lower = rows[there & ~high]
     pairs = to_csr(positive['user'], positive['item'], shape, ordered=timestamps)
     kept_users, kept_items, interactions = k_core(pairs, core)                  # U x I
     low = to_csr(lower['user'], lower['item'], shape)[kept_users][:, kept_items]
@@ -581,8 +575,7 @@ def split(interactions, rng, last=False):
         test = count - 1
         valid = count - 2
     else:
-        if not isinstance(rng, np.random.Generator):
-            raise ValueError(f'rng: expected np.random.default_rng(SEED), found {shown(rng)}')
+        rng = np.random.default_rng(rng)                   # a generator stays itself
         order = np.arange(pairs.nnz)
         test = rng.integers(0, np.maximum(count, 1))
         valid = rng.integers(0, np.maximum(count - 1, 1))
@@ -606,9 +599,8 @@ def thin(train, share, rng):
         raise ValueError(f'share: expected a number from 0 to 1, found {shown(share)}')
     if not share:
         return pairs
-    if not isinstance(rng, np.random.Generator):
-        raise ValueError(f'rng: expected np.random.default_rng(SEED), found {shown(rng)}')
 
+    rng = np.random.default_rng(rng)
     count = np.diff(pairs.indptr)                                               # (U,)
     going = (share * count + rng.random(len(count))).astype(int)
     going = np.minimum(going, count - 1)                                        # (U,)

@@ -577,8 +577,8 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
     """
     if name not in MODELS:
         raise ValueError(f'model {name!r}: expected one of {", ".join(MODELS)}')
-    valid = as_csr('valid', valid, users0, items0)
     observed = as_csr('observed', observed, users0, items0).sorted_indices()    # for negatives
+    valid = as_csr('valid', valid, users0, items0)
     rng = np.random.default_rng(rng)
     check_alike((name, mask_seen, epochs, batch, lr, patience, settings, rng.bit_generator.state),
                 (observed.indptr, observed.indices, valid.indptr, valid.indices, users0, items0),

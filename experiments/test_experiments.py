@@ -393,6 +393,7 @@ class TestAmazon2014:
         reviews = [b'{"reviewerID": "u9", "asin": "i7"}', b'{', b'[' * 99999, *self.reviews,
                    raw_review('u0', 'i9'), raw_review('u1', 'i0', 'good')]
         monkeypatch.setattr(amazon2014, 'MAX_LINE', 10 ** 5)
+        monkeypatch.setitem(data.SIZES, 'toys', (5, 5, 25))
         for name, lines in (('r.gz', reviews), ('m.gz', items)):
             (tmp_path / name).write_bytes(gzip.compress(b'\n'.join(lines) + b'\n'))
         folder.mkdir(parents=True)
