@@ -316,13 +316,6 @@ class TestReport:
         p = {row['strategy']: row['p'] for row in rows_of(lines)}
         assert p['uni'] == '1' and p['rand'] == '' and 0 < float(p['var']) < 1e-3
 
-    def test_an_endpoint_is_shown_if_an_encoder_has_several(self, tell):
-        runs = [fake_run('none', 0, NDCG)] + [
-            fake_run('var', 0, NDCG, encoder='openai:m', endpoint=url) for url in ('a', 'b')]
-        for some, told in (runs[:2], False), (runs, True):
-            lines, _, _ = tell(some, 'table', 'r.jsonl')
-            assert ('endpoint' in str(lines)) == told and len(rows_of(lines)) == len(some)
-
     def test_a_full_table_is_compared_with_its_own_size(self, tell):
         lines, _, _ = tell([fake_run('none', 0, NDCG, dim=24), fake_run('none', 0, NDCG[::-1]),
                             fake_run('full', 0, NDCG) | {'K': 24}], 'table', 'r.jsonl')
