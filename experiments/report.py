@@ -1,29 +1,28 @@
-"""Tables and figures of the runs in a results file of run.py.
+"""Tables and figures of the runs in results files of run.py.
 
     python experiments/report.py table RESULTS.jsonl                       # Markdown
     python experiments/report.py table RESULTS.jsonl --against rand --show valid cost brief
     python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch
     python experiments/report.py time RESULTS.jsonl                        # minutes
 
-Runs that differ in nothing but the seed are one row: mean +- standard deviation (n - 1) over the
-seeds; of parameters, epochs and spectra the mean, of seconds the median. What all runs share stands
-above the table; a setting that only some rows have stands beside their strategy. One table for each
-protocol (--seen, --preset), datasets side by side as in Table 1 of the paper, whose figures stand
-beside ours where the runs have its protocol.
-
---show brief leaves out Recall@10, p and the number of seeds.
+Runs that differ in nothing but the seed are one cell: mean +- standard deviation (n - 1) over the
+seeds; of parameters, epochs and spectra the mean, of seconds the median. A row has a cell for each
+dataset. Settings that all rows share stand above the table, one that only some rows have beside
+their strategy. There is one table for each protocol (--seen, --preset); where the runs have that
+of the paper's Table 1, its figures stand beside ours.
 
 gain is the relative gain in NDCG@10 over the row of the same settings with strategy `none` (or
---against), p a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean NDCG@10
-over the seeds that both rows have. Corrected by Holm's method for all comparisons of the table.
-The users are the sample, not the seeds: a p says that these models differ for users like these.
+--against). p is a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean
+NDCG@10 over the seeds that both rows have, corrected by Holm's method for all comparisons of the
+table. The users are the sample, not the seeds: a p says that these models differ for users like
+these. --show brief leaves out Recall@10, p and the number of seeds.
 
-This file knows the results file and nothing else. numpy and scipy; plot also asks for matplotlib.
+This file knows the results files and no other module. numpy, scipy; plot also needs matplotlib.
 """
 import argparse
 import base64
+import itertools
 import json
-import os
 import sys
 import zlib
 from collections import Counter, defaultdict
@@ -31,17 +30,22 @@ from collections import Counter, defaultdict
 import numpy as np
 import scipy.stats
 
-PROTOCOL = 'seen', 'preset'
-NEEDED = {*PROTOCOL, 'dataset', 'seed', 'strategy', 'model', 'training', 'K', 'test', 'valid',
-          'curve', 'best epoch', 'parameters', 'seconds', 'by training interactions, from'}
-APART = ('dataset', 'seed', *PROTOCOL)                   # settings that are no column
-OF_STRATEGY = ('strategy', 'encoder', 'endpoint', 'whiten', 'popular', 'pool', 'lr', 'chat',
-               'users', 'base')
-ORDER = ('model', 'encoder', 'dim', 'cold', 'strategy')  # columns; others stand with the strategy
+METRICS = 'Recall@10', 'NDCG@10'
+PROTOCOL = 'seen', 'preset'                              # a table for each
+ORDER = 'model', 'encoder', 'dim', 'cold', 'strategy'    # columns; others stand with the strategy
+OF_STRATEGY = ('strategy', 'encoder', 'whiten', 'popular', 'pool', 'lr', 'chat', 'users',
+               'base')                                   # may differ from what gains are over
 WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'llmrank',
          'llmrec', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'cf', 'random',
-         'text')
-METRICS = 'Recall@10', 'NDCG@10'
+         'text')                                         # the order of rows; other words come last
+BY_ACTIVITY = 'by training interactions, from'
+# What a line of a results file must hold: {name: type or such a dict}.
+NUMBER = int, float
+SCORES = dict.fromkeys(METRICS, NUMBER)
+RUN = {'settings': {**dict.fromkeys(('dataset', 'model', 'strategy', *PROTOCOL), str), 'seed': int},
+       'training': dict, 'K': (int, str), 'test': SCORES, 'valid': SCORES, 'curve': list,
+       'best epoch': int, 'parameters': int, 'seconds': NUMBER, BY_ACTIVITY: dict}
+SPECTRUM = dict.fromkeys(('users', 'items'), {'abundance': NUMBER, 'effective rank': NUMBER})
 # Table 1 [paper]: Recall@10/NDCG@10 of none, rand, uni, var, with seen items left in the ranking.
 PAPER = {
     ('beauty', 'lightgcn'): '.0910/.0432 .0960/.0467 .1006/.0469 .1019/.0485',
@@ -56,70 +60,20 @@ PAPER = {
     ('office', 'lightgcn'): '.0745/.0365 .0773/.0387 .0791/.0395 .0816/.0414',
     ('office', 'sgl'): '.0669/.0297 .0810/.0426 .0773/.0350 .0794/.0421',
     ('office', 'sgcl'): '.0647/.0298 .0770/.0365 .0742/.0354 .0776/.0366',
-    ('beauty', 'morec'): '.0857/.0397', ('toys', 'morec'): '.0793/.0362',          # Table 3
 }
-OF_PAPER = dict(dim=128, cold=0, encoder='mpnet', pool='mean', core=5, min_rating=4.,
-                text_columns=None)       # settings of these figures; it names no training
-# Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey
-COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
-MARKERS, DASHES = 'osD^vPX', ('-', '--', '-.', ':')
+OF_PAPER = dict(seen='keep', dim=128, cold=0, encoder='mpnet', pool='mean', core=5, min_rating=4.,
+                text_columns=None)                       # its settings; it names no training
 
 
-def check(run):
-    """ValueError, KeyError or TypeError where a run lacks what a table or figure may show."""
-    if missing := NEEDED - {*run, *run['settings']}:
-        raise ValueError(f'no {", ".join(sorted(missing))}')
-    numbers = [run['seconds'], run['parameters'], run['best epoch'], run['settings']['seed']]
-    numbers += [run.get('calls', 0), run.get('tokens', 0)]
-    numbers += [run[part][name] for part in ('test', 'valid') for name in METRICS]
-    if run.setdefault('spectrum', {}) != {}:               # the models of peers.py have none
-        numbers += [run['spectrum'][one][what] for one in ('users', 'items')
-                    for what in ('abundance', 'effective rank')]
-    numbers += [ndcg for _, ndcg, _ in run['curve']]
-    numbers += [part['NDCG@10'] for part in run['by training interactions, from'].values()]
-    sum(numbers)                                                       # TypeError for other things
-    words = [run['settings'][name] for name in ('dataset', 'model', 'strategy', *PROTOCOL)]
-    ''.join([*words, *run['training']])
+# ---- reading -------------------------------------------------------------------------------------
 
-
-def tell_training(runs):
-    """Makes settings of what runs of one model and preset were trained with differently."""
-    found = defaultdict(set)
-    for run in runs:
-        for name, value in run['training'].items():
-            found[run['settings']['model'], run['settings']['preset'], name].add(str(value))
-    for name in {name for (_, _, name), values in found.items() if len(values) > 1}:
-        for run in runs:
-            value = run['training'].get(name)
-            run['settings'][name] = str(value) if isinstance(value, (list, dict)) else value
-
-
-def read(paths, every=False):
-    """The runs of results files, [dict]; of runs with equal settings the last, or every one. dim is
-    the K that a run has, also where its strategy keeps all dimensions."""
-    runs = {}
-    for path in paths:
-        with open(path, encoding='utf8', errors='replace') as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    run = json.loads(line)
-                    run['ndcg'] = users_ndcg(run)
-                    check(run)
-                    key = json.dumps([run['settings'], run.get('training')], sort_keys=True)
-                    runs[key, every and (path, number)] = run
-                    run['settings']['dim'] = run['K']
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
-                        zlib.error) as error:
-                    print(f'note: {path} line {number} left out ({error!r})', file=sys.stderr)
-    if not runs:
-        raise ValueError(f'no runs in {", ".join(paths)}')
-    settings = [run['settings'] for run in runs.values()]
-    asked = {(one.get('encoder'), one.get('endpoint')) for one in settings}
-    if len(asked) == len({encoder for encoder, _ in asked}):           # the encoder says it all
-        for one in settings:
-            one.pop('endpoint', None)
-    tell_training(runs.values())
-    return list(runs.values())
+def check(part, shape):
+    """ValueError, KeyError or TypeError if a dict lacks what `shape` (as RUN) says it holds."""
+    for name, kind in shape.items():
+        if isinstance(kind, dict):
+            check(part[name], kind)
+        elif not isinstance(part[name], kind):
+            raise ValueError(f'{name}: {part[name]!r}')
 
 
 def users_ndcg(run):
@@ -131,301 +85,49 @@ def users_ndcg(run):
     return ndcg
 
 
-def freeze(settings, without=()):
-    """Settings as a key of a dict."""
-    return tuple(sorted((name, value) for name, value in settings.items() if name not in without))
+def read_run(line):
+    """A run from its line of JSON, with the NDCG@10 of its users; its setting dim is its K, also
+    where a strategy keeps all dimensions."""
+    run = json.loads(line)
+    check(run, RUN)
+    if run.setdefault('spectrum', {}) != {}:               # the models of peers.py have none
+        check(run['spectrum'], SPECTRUM)
+    run['ndcg'] = users_ndcg(run)
+    run['key'] = json.dumps([run['settings'], run['training']], sort_keys=True)
+    run['settings']['dim'] = run['K']
+    run['settings'].pop('endpoint', None)                  # where vectors were once asked for
+    return run
 
 
-def papers(run):
-    """'Recall@10/NDCG@10' of a run in the paper's Table 1 or 3, '-' if it is not there."""
-    one = run['settings']
-    found = PAPER.get((one['dataset'], one['model']), '').split()
-    if any(one.get(name) != value for name, value in OF_PAPER.items()):
-        return '-'
-    strategies = ('full',) if one['model'] == 'morec' else ('none', 'rand', 'uni', 'var')
-    return dict(zip(strategies, found)).get(one['strategy'], '-')
-
-
-def place(run):
-    """Where a run stands in a table: by its columns, words as in WORDS, others behind them."""
-    values = [run['settings'].get(name) for name in ORDER]
-    return [(WORDS.index(value) if value in WORDS else len(WORDS), value)
-            if isinstance(value, str) else (0, value or 0) for value in values]
-
-
-def group(runs):
-    """{settings but dataset and seed: {dataset: {seed: run}}}, in the order of the columns."""
-    rows = defaultdict(lambda: defaultdict(dict))
-    for run in sorted(runs, key=place):
-        one = run['settings']
-        rows[freeze(one, ('dataset', 'seed'))][one['dataset']][one['seed']] = run
-    return rows
-
-
-def spread(values, digits=4):
-    """'0.1234 +- 0.0012', of one seed without the second."""
-    sigma = f' +- {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.{digits}f}{sigma}'
-
-
-def same_users(run, other):
-    """Were both runs tested with the same split?"""
-    return (other is not None and len(run['ndcg']) == len(other['ndcg'])
-            and run.get('test split') == other.get('test split'))
-
-
-def compare(rows, against):
-    """{(row, dataset): (gain, p)} over the row of strategy `against` with the same settings, p by
-    Holm's method for all of them; nothing where no seed has the same test split in both. And
-    whether a gain is over fewer seeds than one of its rows has."""
-    base, out, fewer = {}, {}, False
-    for key, datasets in rows.items():
-        if dict(key)['strategy'] == against:
-            if base.setdefault(freeze(dict(key), OF_STRATEGY), datasets) is not datasets:
-                raise ValueError(f'several rows are {against}: choose with --only')
-    if not base and against != 'none':
-        raise ValueError(f'no row is {against}')
-    for key, datasets in rows.items():
-        other = base.get(freeze(dict(key), OF_STRATEGY), {})
-        for name, runs in datasets.items():
-            seeds = [seed for seed, run in sorted(runs.items()) if same_users(
-                run, other.get(name, {}).get(seed))]
-            if not seeds or runs is other[name]:
-                continue
-            if len({len(runs[seed]['ndcg']) for seed in seeds}) > 1:
-                raise ValueError(f'{name}: the number of users differs between seeds')
-            fewer |= len(seeds) < max(len(runs), len(other[name]))
-            mine, theirs = (np.mean([some[seed]['ndcg'] for seed in seeds], axis=0)
-                            for some in (runs, other[name]))
-            if np.array_equal(mine, theirs):               # where the t-test gives NaN
-                out[key, name] = 0., 1.
-                continue
-            gain = mine.mean() / theirs.mean() - 1 if theirs.any() else np.inf
-            out[key, name] = gain, scipy.stats.ttest_rel(mine, theirs).pvalue
-    smallest = sorted(out, key=lambda where: out[where][1])
-    worst = 0.
-    for n, where in enumerate(smallest):                   # Holm: the smallest times their number
-        worst = max(worst, min(1., out[where][1] * (len(out) - n)))
-        out[where] = out[where][0], worst
-    return out, fewer
-
-
-def extra_columns(runs, show):
-    """{column: text} of a row's runs on one dataset, for each thing to show."""
-    runs, out = list(runs.values()), {}
-
-    def mean(get, digits=0):
-        return f'{np.mean([get(run) for run in runs]):,.{digits}f}'
-    if 'valid' in show:
-        out['valid NDCG@10'] = spread([run['valid']['NDCG@10'] for run in runs])
-    if 'cost' in show:
-        out |= {'parameters': mean(lambda run: run['parameters']),
-                'best epoch': mean(lambda run: run['best epoch']),
-                'seconds': f'{np.median([run["seconds"] for run in runs]):,.0f}'}
-        if any('calls' in run for run in runs):            # only llmrank.py and llmrec.py ask
-            out |= {'users scored': mean(lambda run: len(run['ndcg'])),
-                    'calls': mean(lambda run: run['calls']),
-                    'tokens': mean(lambda run: run['tokens'])}
-    if 'spectrum' in show:
-        out |= {f'{what} of {table}': mean(lambda run: run['spectrum'][table][what], 1)
-                for what in ('abundance', 'effective rank') for table in runs[0]['spectrum']}
-    if 'activity' in show:
-        key = 'by training interactions, from'
-        for at in sorted({at for run in runs for at in run[key]}, key=int):
-            some = [run[key][at] for run in runs if at in run[key]]
-            out[f'from {at}'] = f'{np.mean([part["NDCG@10"] for part in some]):.4f}'
-    return out
-
-
-def cells_of(runs, gain, gained, paper, show):
-    """{column: text} of a row on one dataset; gained: the columns of gain and p, where any has."""
-    out = {name: spread([run['test'][name] for run in runs.values()]) for name in METRICS}
-    out |= zip(gained, (f'{gain[0]:+.1%}', f'{gain[1]:.1g}') if gain else ('', ''))
-    if paper:
-        out['paper'] = papers(next(iter(runs.values())))
-    return out | {'seeds': str(len(runs))} | extra_columns(runs, show)
-
-
-def table(runs, against, show):
-    """Yields the lines of a Markdown table of runs that share a protocol."""
-    rows = group(runs)
-    gains, fewer = compare(rows, against)
-    names = sorted({name for key in rows for name, _ in key if name not in APART},
-                   key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    differ = [name for name in names if len({dict(key).get(name) for key in rows}) > 1]
-    columns_of = [name for name in ORDER if name in differ or name == 'strategy']
-    usual = {name: Counter(dict(key).get(name) for key in rows).most_common(1)[0][0]
-             for name in differ if name not in ORDER}
-    first = dict(next(iter(rows)))
-    shared = [f'{name} {first[name]}' for name in (*PROTOCOL, *names)
-              if name not in differ and first.get(name) is not None]
-    shared += [f'{name} {value} unless said' for name, value in usual.items()]
-    told = f'; gain over {against}'
-    if 'brief' in show:
-        seeds = sorted({len(runs) for datasets in rows.values() for runs in datasets.values()})
-        shared.append(f'seeds {" or ".join(map(str, seeds))}')
-    else:
-        told += f', p by paired t-test over users, Holm over {len(gains)} comparisons'
-    if fewer:
-        told += '; where the seeds differ over those that both rows have'
-    yield ', '.join(shared) + told * bool(gains)
-    yield ''
-    datasets = list(dict.fromkeys(run['settings']['dataset'] for run in runs))
-    paper = any(papers(run) != '-' for run in runs) and first['seen'] == 'keep'
-    gained = ('gain', 'p') if gains else ()
-    lines = [(dict(key), {name: cells_of(found[name], gains.get((key, name)), gained, paper, show)
-                          for name in datasets if found.get(name)}) for key, found in rows.items()]
-    columns = [(name, column) for name in datasets for column in sorted(
-        dict.fromkeys(column for _, cells in lines for column in cells.get(name, ())),
-        key=lambda column: int(column.removeprefix('from ')) if column[:5] == 'from ' else 0)
-        if 'brief' not in show or column not in ('Recall@10', 'p', 'seeds')]
-    many = len(datasets) > 1
-    head = columns_of + [f'{name} {column}' if many else column for name, column in columns]
-    yield f'{"" if many else datasets[0]}\n\n'.lstrip('\n') + f'| {" | ".join(head)} |'
-    yield '| ' + ' | '.join(['---'] * len(head)) + ' |'
-    for settings, cells in lines:
-        said = ' '.join(f'{name}={settings.get(name)}' for name, value in usual.items()
-                        if settings.get(name) not in (value, None))
-        line = [f'{settings.get(name, "")} {said if name == "strategy" else ""}'.strip()
-                for name in columns_of]
-        line += [cells.get(name, {}).get(column, '') for name, column in columns]
-        yield f'| {" | ".join(line)} |'
-
-
-def times(runs):
-    """Yields the lines of a Markdown table of the minutes that runs took, and their sum."""
-    minutes = defaultdict(list)
-    for run in sorted(runs, key=place):
-        key = tuple(run['settings'][name] for name in ('dataset', 'model', *PROTOCOL))
-        minutes[key].append(run['seconds'] / 60)
-    minutes['all', '', '', ''] = [sum(part) for part in minutes.values()]
-    yield f'| dataset | model | {" | ".join(PROTOCOL)} | runs | minutes |'
-    yield '| --- ' * 6 + '|'
-    for key, parts in minutes.items():
-        count = len(runs) if key[0] == 'all' else len(parts)
-        yield f'| {" | ".join(key)} | {count} | {sum(parts):.0f} |'
-
-
-def curves(runs, x):
-    """{(dataset, label): {x: [run]}} for a figure: a line for each set of settings but x."""
-    settings = [run['settings'] for run in runs]
-    names = [name for name in dict.fromkeys(name for one in settings for name in one)
-             if name not in (x, 'dataset', 'seed')
-             and len({str(one.get(name)) for one in settings}) > 1]
-    usual = {name: Counter(str(one.get(name)) for one in settings).most_common(1)[0][0]
-             for name in names}
-    out = defaultdict(lambda: defaultdict(list))
+def tell_training(runs):
+    """Makes settings of what runs of one model and preset were trained with differently."""
+    found = defaultdict(set)
     for run in runs:
-        one = run['settings']
-        told = [f'{one.get(name)}' if name in ('model', 'strategy', 'encoder') else
-                f'{name} {one.get(name)}' for name in sorted(names, key=lambda n: n not in ORDER)
-                if name in ORDER + PROTOCOL or str(one.get(name)) != usual[name]]
-        out[one['dataset'], ' '.join(told) or one['strategy']][one.get(x)].append(run)
-    return out
+        for name, value in run['training'].items():
+            found[run['settings']['model'], run['settings']['preset'], name].add(str(value))
+
+    for name in {name for (_, _, name), values in found.items() if len(values) > 1}:
+        for run in runs:
+            run['settings'][name] = run['training'].get(name)
 
 
-def style(n):
-    """How line n looks, the same in all panels of a figure."""
-    return {'color': COLOURS[n % 7], 'marker': MARKERS[n % 7], 'ls': DASHES[n % 4]}
-
-
-def draw_settings(axes, lines, styles, x, y):
-    """A line with error bars for each set of settings; y(run) against the setting x."""
-    for label, points in lines.items():
-        places = sorted(points)
-        values = [[y(run) for run in points[at]] for at in places]
-        axes.errorbar(places, [np.mean(v) for v in values],
-                      [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values], label=label,
-                      capsize=3, **styles[label])
-    places = sorted({at for points in lines.values() for at in points})
-    if x == 'dim':
-        axes.set_xscale('log', base=2)
-        axes.set_xticks(places, [str(at) for at in places])
-    axes.set_xlabel({'dim': 'K, dimensions', 'cold': 'share of training interactions removed'}[x])
-
-
-def draw_users(axes, lines, styles):
-    """NDCG@10 of users by training interactions, a line for each set of settings."""
-    key = 'by training interactions, from'
-    of_line = {label: [run for some in points.values() for run in some]
-               for label, points in lines.items()}
-    places = sorted({int(at) for runs in of_line.values() for run in runs for at in run[key]})
-    for label, runs in of_line.items():
-        scores = {at: [run[key][str(at)]['NDCG@10'] for run in runs if str(at) in run[key]]
-                  for at in places}
-        axes.plot([places.index(at) for at in places if scores[at]],
-                  [np.mean(scores[at]) for at in places if scores[at]], label=label,
-                  **styles[label])
-    ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(places, places[1:])] + [' or more']
-    axes.set_xticks(range(len(places)), [f'{a}{b}' for a, b in zip(places, ends)])
-    axes.set_xlabel('training interactions of the user')
-
-
-def draw_epochs(axes, lines, styles):
-    """Validation NDCG@10 by epoch, the first seed of each set of settings; the best is marked."""
-    for label, points in lines.items():
-        run = next(iter(points.values()))[0]
-        axes.plot(range(1, len(run['curve']) + 1), [ndcg for _, ndcg, _ in run['curve']],
-                  label=label, markevery=[run['best epoch'] - 1], **styles[label])
-    axes.set_xlabel('epoch')
-
-
-def plot(runs, x, path):
-    """Draws a PNG: a column for each dataset; for dim also the effective rank of the tables."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError('the figures need matplotlib: pip install matplotlib') from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    lines = defaultdict(dict)
-    for (dataset, label), points in curves(sorted(runs, key=place), x).items():
-        lines[dataset][label] = points
-    styles = {label: style(n) for n, label in enumerate(dict.fromkeys(
-        label for some in lines.values() for label in some))}
-    ranks = x == 'dim'
-    if ranks and not all(run['spectrum'] for run in runs):
-        raise ValueError('a closed form has no K: choose models with --only model=')
-    figure, grid = pyplot.subplots(1 + ranks, len(lines), squeeze=False, layout='constrained',
-                                   figsize=(5.2 * len(lines), 3.9 * (1 + ranks)))
-    for column, (dataset, some) in enumerate(lines.items()):
-        axes = grid[0, column]
-        if x in ('dim', 'cold'):
-            draw_settings(axes, some, styles, x, lambda run: run['test']['NDCG@10'])
-        else:
-            {'users': draw_users, 'epoch': draw_epochs}[x](axes, some, styles)
-        axes.set_ylabel('validation NDCG@10' if x == 'epoch' else 'test NDCG@10')
-        axes.set_title(dataset)
-        if ranks:
-            draw_settings(grid[1, column], some, styles, x,
-                          lambda run: run['spectrum']['items']['effective rank'])
-            grid[1, column].set_ylabel('effective rank of the item table')
-            grid[1, column].set_yscale('log', base=2)
-    for axes in grid.flat:
-        axes.grid(alpha=.3)
-    known = {label: handle for axes in grid[0] for handle, label in
-             zip(*axes.get_legend_handles_labels())}
-    grid[0, 0].legend(known.values(), known.keys(), fontsize=8)
-    figure.savefig(f'{path}.part', dpi=150, format='png')
-    os.replace(f'{path}.part', path)
-
-
-def arguments(argv):
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    commands = p.add_subparsers(dest='command', required=True)
-    one = commands.add_parser('table', help='Markdown')
-    one.add_argument('--against', default='none', metavar='STRATEGY', help='what gains are over')
-    one.add_argument('--show', nargs='+', default=[], choices=('valid', 'cost', 'spectrum',
-                                                               'activity', 'brief'))
-    two = commands.add_parser('plot', help='a PNG')
-    two.add_argument('file', metavar='FILE.png')
-    two.add_argument('--x', default='dim', choices=('dim', 'cold', 'users', 'epoch'))
-    three = commands.add_parser('time', help='minutes that the runs took')
-    for sub in (one, two, three):
-        sub.add_argument('results', nargs='*', help='default: results.jsonl')
-        sub.add_argument('--only', nargs='+', action='extend', default=[], metavar='NAME=VALUE',
-                         help='settings that a run must have, such as model=sgl strategy=none,var')
-    return p.parse_args(argv)
+def read(paths, every=False):
+    """The runs of results files, [dict]; of runs with equal settings the last, or every one."""
+    runs = {}
+    for path in paths:
+        with open(path, encoding='utf8', errors='replace') as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    run = read_run(line)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
+                        zlib.error) as error:
+                    print(f'note: {path} line {number} left out ({error!r})', file=sys.stderr)
+                else:
+                    runs[run['key'], every and (path, number)] = run
+    if not runs:
+        raise ValueError(f'no runs in {", ".join(paths)}')
+    tell_training(runs.values())
+    return list(runs.values())
 
 
 def equals(value, word):
@@ -437,7 +139,7 @@ def equals(value, word):
 
 
 def chosen(runs, only):
-    """The runs whose settings have one of the given values."""
+    """The runs whose settings have one of the given values; only: ['NAME=VALUE,VALUE']."""
     for condition in only:
         name, _, values = condition.partition('=')
         known = dict.fromkeys(setting for run in runs for setting in run['settings'])
@@ -450,26 +152,370 @@ def chosen(runs, only):
     return runs
 
 
+# ---- rows and what they gain ---------------------------------------------------------------------
+
+def place(run):
+    """Where a run stands in a table: by its columns, words as in WORDS, others behind them."""
+    values = [run['settings'].get(name) for name in ORDER]
+    return [(WORDS.index(value) if value in WORDS else len(WORDS), value)
+            if isinstance(value, str) else (0, value or 0) for value in values]
+
+
+def described(settings, without):
+    """Settings as a hashable value: ((name, text), ...), sorted; None is as if not there."""
+    return tuple(sorted((name, str(value)) for name, value in settings.items()
+                        if name not in without and value is not None))
+
+
+def rows_of(runs):
+    """[(settings, {dataset: {seed: run}})] in the order of a table; settings: {name: text}."""
+    rows = {}
+    for run in sorted(runs, key=place):
+        one = run['settings']
+        key = described(one, without=('dataset', 'seed'))
+        cells = rows.setdefault(key, {})
+        cells.setdefault(one['dataset'], {})[one['seed']] = run
+    return [(dict(key), cells) for key, cells in rows.items()]
+
+
+def differing(many):
+    """[name] of what differs among many settings, columns first; and {name: its usual value}."""
+    names = {name for one in many for name in one} - {'dataset', 'seed', *PROTOCOL}
+    ordered = sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER),
+                                              name))
+    counts = {name: Counter(one.get(name) for one in many) for name in ordered}
+    return ([name for name in ordered if len(counts[name]) > 1],
+            {name: counts[name].most_common(1)[0][0] for name in ordered})
+
+
+def gain_of(runs, others):
+    """The gain of {seed: run} over {seed: run}, p, and the seeds it is over: those that both have
+    with the same test split. None if there are none."""
+    def split(run):
+        return len(run['ndcg']), run.get('test split')
+    seeds = [seed for seed in sorted(runs)
+             if seed in others and split(runs[seed]) == split(others[seed])]
+    if not seeds:
+        return None
+    if len({len(runs[seed]['ndcg']) for seed in seeds}) > 1:
+        raise ValueError('the number of users differs between seeds')
+
+    mine = np.mean([runs[seed]['ndcg'] for seed in seeds], axis=0)                       # (n,)
+    theirs = np.mean([others[seed]['ndcg'] for seed in seeds], axis=0)                   # (n,)
+    if np.array_equal(mine, theirs):                       # where the t-test gives NaN
+        return 0., 1., seeds
+    gain = mine.mean() / theirs.mean() - 1 if theirs.any() else np.inf
+    return gain, scipy.stats.ttest_rel(mine, theirs).pvalue, seeds
+
+
+def holm(p):
+    """{where: p} of all comparisons of a table, corrected: the smallest times their number, the
+    next times one less, none below the one before."""
+    corrected, worst = {}, 0.
+    for n, where in enumerate(sorted(p, key=p.get)):
+        worst = max(worst, min(1., p[where] * (len(p) - n)))
+        corrected[where] = worst
+    return corrected
+
+
+def compare(rows, against):
+    """{(number of a row, dataset): (gain, p)} over the row of strategy `against` with the same
+    settings; and whether a gain is over fewer seeds than one of its rows has."""
+    base = {}
+    for settings, cells in rows:
+        if settings['strategy'] == against:
+            if base.setdefault(described(settings, OF_STRATEGY), cells) is not cells:
+                raise ValueError(f'several rows are {against}: choose with --only')
+    if not base and against != 'none':
+        raise ValueError(f'no row is {against}')
+
+    gains, p, fewer = {}, {}, False
+    for n, (settings, cells) in enumerate(rows):
+        other = base.get(described(settings, OF_STRATEGY), {})
+        for dataset, runs in cells.items():
+            found = gain_of(runs, other.get(dataset, {})) if cells is not other else None
+            if found:
+                gains[n, dataset], p[n, dataset], seeds = found
+                fewer |= len(seeds) < max(len(runs), len(other[dataset]))
+    corrected = holm(p)
+    return {where: (gain, corrected[where]) for where, gain in gains.items()}, fewer
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def spread(values):
+    """'0.1234 +- 0.0012', of one seed without the second."""
+    return f'{np.mean(values):.4f}' + (
+        f' +- {np.std(values, ddof=1):.4f}' if len(values) > 1 else '')
+
+
+def of_paper(run):
+    """'Recall@10/NDCG@10' of a run in the paper's Table 1, '-' if it is not there."""
+    one = run['settings']
+    if any(one.get(name) != value for name, value in OF_PAPER.items()):
+        return '-'
+    found = PAPER.get((one['dataset'], one['model']), '').split()
+    return dict(zip(('none', 'rand', 'uni', 'var'), found)).get(one['strategy'], '-')
+
+
+def extra_columns(runs, show):
+    """{column: text} of a cell's runs, [run], for each thing to show."""
+    def mean(values, digits=0):
+        return f'{np.mean(list(values)):,.{digits}f}'
+
+    out = {}
+    if 'valid' in show:
+        out['valid NDCG@10'] = spread([run['valid']['NDCG@10'] for run in runs])
+    if 'cost' in show:
+        out['parameters'] = mean(run['parameters'] for run in runs)
+        out['best epoch'] = mean(run['best epoch'] for run in runs)
+        out['seconds'] = f'{np.median([run["seconds"] for run in runs]):,.0f}'
+        if any('calls' in run for run in runs):            # only llmrank.py and llmrec.py ask
+            out['users scored'] = mean(len(run['ndcg']) for run in runs)
+            out['calls'] = mean(run['calls'] for run in runs)
+            out['tokens'] = mean(run['tokens'] for run in runs)
+    if 'spectrum' in show:
+        for what in ('abundance', 'effective rank'):
+            for side in runs[0]['spectrum']:
+                out[f'{what} of {side}'] = mean((run['spectrum'][side][what] for run in runs), 1)
+    if 'activity' in show:
+        groups = [run[BY_ACTIVITY] for run in runs]
+        for least in sorted({least for group in groups for least in group}, key=int):
+            scores = [group[least]['NDCG@10'] for group in groups if least in group]
+            out[f'from {least}'] = f'{np.mean(scores):.4f}'
+    return out
+
+
+def cell(runs, gain, show):
+    """{column: text} of {seed: run}; gain: (gain, p) or None."""
+    runs = list(runs.values())
+    out = {name: spread([run['test'][name] for run in runs]) for name in METRICS}
+    out['gain'] = f'{gain[0]:+.1%}' if gain else ''
+    out['p'] = f'{gain[1]:.1g}' if gain else ''
+    out['paper'] = of_paper(runs[0])
+    out['seeds'] = str(len(runs))
+    return out | extra_columns(runs, show)
+
+
+def caption(rows, gains, fewer, against, show):
+    """What all rows share, and what gain and p are, in a line."""
+    settings = [settings for settings, _ in rows]
+    differ, usual = differing(settings)
+    told = [f'{name} {settings[0][name]}' for name in PROTOCOL]
+    told += [f'{name} {value}' for name, value in usual.items()
+             if name not in differ and value is not None]
+    told += [f'{name} {usual[name]} unless said' for name in differ if name not in ORDER]
+    if 'brief' in show:
+        counts = {len(runs) for _, cells in rows for runs in cells.values()}
+        told.append(f'seeds {" or ".join(map(str, sorted(counts)))}')
+    line = ', '.join(told)
+    if gains:
+        line += f'; gain over {against}'
+        if 'brief' not in show:
+            line += f', p by paired t-test over users, Holm over {len(gains)} comparisons'
+        if fewer:
+            line += '; where the seeds differ over those that both rows have'
+    return line
+
+
+def markdown(head, rows):
+    """Yields the lines of a Markdown table of [text] and [[text]]."""
+    for line in (head, ['---'] * len(head), *rows):
+        yield f'| {" | ".join(line)} |'
+
+
+def by_number(column):
+    """Where groups of users stand among the columns: last, by number."""
+    return int(column.removeprefix('from ')) if column.startswith('from ') else 0
+
+
+def table(runs, against, show):
+    """Yields the lines of a Markdown table of runs that share a protocol."""
+    rows = rows_of(runs)
+    gains, fewer = compare(rows, against)
+    cells = [{dataset: cell(some, gains.get((n, dataset)), show) for dataset, some in found.items()}
+             for n, (_, found) in enumerate(rows)]
+
+    # the columns: settings that differ, then for each dataset what any cell has something for
+    differ, usual = differing([settings for settings, _ in rows])
+    of_settings = [name for name in ORDER if name in differ or name == 'strategy']
+    texts = [pair for row in cells for one in row.values() for pair in one.items()]
+    told = {column for column, text in texts if text not in ('', '-')}
+    told -= {'Recall@10', 'p', 'seeds'} if 'brief' in show else set()
+    ordered = sorted(dict.fromkeys(column for column, _ in texts if column in told), key=by_number)
+    datasets = list(dict.fromkeys(run['settings']['dataset'] for run in runs))
+    columns = [(dataset, column) for dataset in datasets for column in ordered
+               if any(column in row.get(dataset, ()) for row in cells)]
+
+    lines = []
+    for (settings, _), row in zip(rows, cells):
+        said = [f'{name}={settings[name]}' for name in differ if name not in ORDER
+                and settings.get(name) not in (usual[name], None)]
+        shown = {**settings, 'strategy': ' '.join([settings['strategy'], *said])}
+        lines.append([shown.get(name, '') for name in of_settings]
+                     + [row.get(dataset, {}).get(column, '') for dataset, column in columns])
+
+    many = len(datasets) > 1
+    yield caption(rows, gains, fewer, against, show)
+    yield '' if many else f'\n{datasets[0]}\n'
+    yield from markdown(of_settings + [f'{dataset} {column}' if many else column
+                                       for dataset, column in columns], lines)
+
+
+def tables(runs, against, show):
+    """The tables of runs, one for each protocol, as text."""
+    protocols = defaultdict(list)
+    for run in runs:
+        protocols[tuple(run['settings'][name] for name in PROTOCOL)].append(run)
+    return '\n\n'.join('\n'.join(table(some, against, show)) for some in protocols.values())
+
+
+def times(runs):
+    """Yields the lines of a Markdown table of the minutes that runs took, and their sum."""
+    minutes = defaultdict(list)
+    for run in sorted(runs, key=place):
+        key = tuple(run['settings'][name] for name in ('dataset', 'model', *PROTOCOL))
+        minutes[key].append(run['seconds'] / 60)
+    minutes['all', '', '', ''] = [run['seconds'] / 60 for run in runs]
+    yield from markdown(['dataset', 'model', *PROTOCOL, 'runs', 'minutes'],
+                        [[*key, str(len(some)), f'{sum(some):.0f}']
+                         for key, some in minutes.items()])
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+# Okabe and Ito: told apart by colour-blind readers; markers and dashes tell them apart in grey.
+COLOURS = '#000000', '#E69F00', '#0072B2', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
+STYLES = [dict(color=colour, marker=marker, ls=dashes) for colour, marker, dashes
+          in zip(COLOURS, 'osD^vPX', ('-', '--', '-.', ':') * 2)]
+# {--x: (its label, the labels of y from top to bottom)}; a column of panels for each dataset
+FIGURES = {'dim': ('K, dimensions', ('test NDCG@10', 'effective rank of the item table')),
+           'cold': ('share of training interactions removed', ('test NDCG@10',)),
+           'users': ('training interactions of the user', ('test NDCG@10',)),
+           'epoch': ('epoch', ('validation NDCG@10',))}
+
+
+def points_of(run, x, y):
+    """{place on the x axis: value} of a run, for a line of FIGURES."""
+    if x == 'users':
+        return {int(least): group['NDCG@10'] for least, group in run[BY_ACTIVITY].items()}
+    if x == 'epoch':
+        return {n: ndcg for n, (_, ndcg, _) in enumerate(run['curve'], 1)}
+    value = run['test']['NDCG@10'] if y == 'test NDCG@10' else (
+        run['spectrum']['items']['effective rank'])
+    return {run['settings'][x]: value}
+
+
+def curves(runs, x):
+    """{dataset: {label: [run]}}: a line for each set of settings but x."""
+    runs = sorted(runs, key=place)
+    settings = [{name: str(value) for name, value in run['settings'].items() if name != x}
+                for run in runs]
+    differ, usual = differing(settings)
+    differ += [name for name in sorted(PROTOCOL) if len({one[name] for one in settings}) > 1]
+
+    lines = defaultdict(lambda: defaultdict(list))
+    for run, one in zip(runs, settings):
+        told = [str(one.get(name)) if name in ('model', 'strategy', 'encoder') else
+                f'{name} {one.get(name)}' for name in differ
+                if name in ORDER + PROTOCOL or one.get(name) != usual[name]]
+        lines[one['dataset']][' '.join(told) or one['strategy']].append(run)
+    return lines
+
+
+def draw(axes, lines, styles, x, y):
+    """A panel: a line for each label, the mean over its runs, of settings with deviations; of
+    epochs the first run with a mark at its best."""
+    values = defaultdict(lambda: defaultdict(list))        # {label: {place: [value]}}
+    for label, runs in lines.items():
+        for run in runs[:1] if x == 'epoch' else runs:
+            for at, value in points_of(run, x, y).items():
+                values[label][at].append(value)
+    ticks = sorted({at for points in values.values() for at in points})
+    places = dict(zip(ticks, range(len(ticks)) if x == 'users' else ticks))
+
+    for label, points in values.items():
+        at = sorted(points)
+        sigma = [np.std(points[tick], ddof=1) if len(points[tick]) > 1 else 0 for tick in at]
+        axes.errorbar([places[tick] for tick in at], [np.mean(points[tick]) for tick in at],
+                      sigma if x in ('dim', 'cold') else None, label=label, capsize=3,
+                      markevery=[lines[label][0]['best epoch'] - 1] if x == 'epoch' else None,
+                      **styles[label])
+
+    if x == 'users':
+        ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(ticks, ticks[1:])] + [' or more']
+        axes.set_xticks(list(places.values()), [f'{a}{b}' for a, b in zip(ticks, ends)])
+    if x == 'dim':
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(ticks, ticks)
+    if y.startswith('effective'):
+        axes.set_yscale('log', base=2)
+    axes.set_xlabel(FIGURES[x][0])
+    axes.set_ylabel(y)
+    axes.grid(alpha=.3)
+
+
+def plot(runs, x, path):
+    """Draws the figure FIGURES[x] as a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('the figures need matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    if x == 'dim' and not all(run['spectrum'] for run in runs):
+        raise ValueError('a closed form has no K: choose models with --only model=')
+    lines, rows = curves(runs, x), FIGURES[x][1]
+    styles = dict(zip(dict.fromkeys(label for some in lines.values() for label in some),
+                      itertools.cycle(STYLES)))
+    figure, grid = pyplot.subplots(len(rows), len(lines), squeeze=False, layout='constrained',
+                                   figsize=(5.2 * len(lines), 3.9 * len(rows)))
+    for column, (dataset, some) in enumerate(lines.items()):
+        grid[0, column].set_title(dataset)
+        for axes, y in zip(grid[:, column], rows):
+            draw(axes, some, styles, x, y)
+    known = {label: handle for axes in grid[0] for handle, label in
+             zip(*axes.get_legend_handles_labels())}
+    grid[0, 0].legend(known.values(), known.keys(), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def arguments(argv):
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    commands = p.add_subparsers(dest='command', required=True)
+    one = commands.add_parser('table', help='Markdown')
+    one.add_argument('--against', default='none', metavar='STRATEGY', help='what gains are over')
+    one.add_argument('--show', nargs='+', default=[], choices=('valid', 'cost', 'spectrum',
+                                                               'activity', 'brief'))
+    two = commands.add_parser('plot', help='a PNG')
+    two.add_argument('file', metavar='FILE.png')
+    two.add_argument('--x', default='dim', choices=FIGURES)
+    three = commands.add_parser('time', help='minutes that the runs took')
+    for sub in (one, two, three):
+        sub.add_argument('results', nargs='*', help='default: results.jsonl')
+        sub.add_argument('--only', nargs='+', action='extend', default=[], metavar='NAME=VALUE',
+                         help='settings that a run must have, such as model=sgl strategy=none,var')
+    return p.parse_args(argv)
+
+
 def main(argv=None):
     args = arguments(argv)
+    # a file behind --only is no condition
+    files = args.results + [word for word in args.only if '=' not in word]
+    only = [word for word in args.only if '=' in word]
     try:
         if args.command == 'plot' and not args.file.endswith('.png'):
             raise ValueError(f'{args.file}: expected FILE.png, then the results files')
-        # a file behind --only is no condition
-        files = args.results + [word for word in args.only if '=' not in word]
-        runs = chosen(read(files or ['results.jsonl'], every=args.command == 'time'),
-                      [word for word in args.only if '=' in word])
+        runs = chosen(read(files or ['results.jsonl'], every=args.command == 'time'), only)
         if args.command == 'plot':
             plot(runs, args.x, args.file)
-            return
-        if args.command == 'time':
+        elif args.command == 'time':
             print('\n'.join(times(runs)))
-            return
-        protocols = defaultdict(list)
-        for run in runs:
-            protocols[tuple(run['settings'][name] for name in PROTOCOL)].append(run)
-        print('\n\n'.join('\n'.join(table(some, args.against, args.show))
-                          for some in protocols.values()))
+        else:
+            print(tables(runs, args.against, args.show))
     except (ValueError, OSError) as error:
         sys.exit(f'report: {error}')
 

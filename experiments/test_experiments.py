@@ -32,6 +32,8 @@ import run  # noqa: E402
 from test_llminit import (KEY, endpoint, golden_folder, main_on,  # noqa: E402, F401
                           planted, random_graph, server, write_planted)
 
+PAGES = ['README.md', *sorted(f'experiments/{path.name}' for path in HERE.glob('*.md'))]
+COMMAND = r'^(?: {4})?python experiments/report\.py '
 GRID = ['--encoder', 'tfidf', '--dim', '8,16', '--epochs', '2', '--model', 'bpr,morec',
         '--strategy', 'none,rand,var', '--seeds', '2']
 
@@ -322,13 +324,6 @@ class TestReport:
         p = {row['strategy']: row['p'] for row in rows_of(lines)}
         assert p['uni'] == '1' and p['rand'] == '' and 0 < float(p['var']) < 1e-3
 
-    def test_an_endpoint_is_shown_if_an_encoder_has_several(self, tell):
-        runs = [fake_run('none', 0, NDCG)] + [
-            fake_run('var', 0, NDCG, encoder='openai:m', endpoint=url) for url in ('a', 'b')]
-        for some, told in (runs[:2], False), (runs, True):
-            lines, _, _ = tell(some, 'table', 'r.jsonl')
-            assert ('endpoint' in str(lines)) == told and len(rows_of(lines)) == len(some)
-
     def test_a_full_table_is_compared_with_its_own_size(self, tell):
         lines, _, _ = tell([fake_run('none', 0, NDCG, dim=24), fake_run('none', 0, NDCG[::-1]),
                             fake_run('full', 0, NDCG) | {'K': 24}], 'table', 'r.jsonl')
@@ -344,22 +339,48 @@ class TestReport:
         _, code, err = tell(runs, 'plot', 'f.png', 'r.jsonl', '--x', x)
         assert code == 0 and Path('f.png').read_bytes().startswith(b'\x89PNG'), err
 
-    @pytest.mark.parametrize('readme', ['README.md', 'experiments/README.md'])
-    def test_every_table_in_the_readmes_is_what_its_command_prints(self, readme, capsys,
-                                                                   monkeypatch):
+    @pytest.mark.parametrize('page', PAGES)
+    def test_every_table_of_the_pages_is_what_its_command_prints(self, page, capsys, monkeypatch):
         monkeypatch.chdir(HERE.parent)
-        text = Path(readme).read_text()
-        commands = list(re.finditer(r'^    python experiments/report\.py ((?:table|time) '
-                                    r'(?:.*\\\n +)*.*)$', text, re.MULTILINE))
-        for command in commands:
-            words = shlex.split(command[1].replace('\\\n', ''))
-            files = [name for word in words for name in sorted(HERE.parent.glob(word))
-                     if word.endswith('.jsonl')]
-            report.main([word for word in words if not word.endswith('.jsonl')][:1]
-                        + [str(name.relative_to(HERE.parent)) for name in files]
-                        + [word for word in words if not word.endswith('.jsonl')][1:])
-            printed = capsys.readouterr().out.strip()
-            assert printed in text[command.end():][:len(printed) + 400], command[1]
+        text, rows = Path(page).read_text(), set()
+        pattern = rf'{COMMAND}((?:table|time) (?:.*\\\n)*.*)$'
+        for command in re.finditer(pattern, text, re.MULTILINE):
+            words = [name for word in shlex.split(command[1].replace('\\\n', ''))
+                     for name in (sorted(map(str, Path().glob(word))) if '*' in word else [word])]
+            report.main(words)
+            printed = capsys.readouterr().out
+            rows |= set(printed.splitlines())
+            printed, there = (' '.join(part.split()) for part in (printed, text[command.end():]))
+            assert printed in there[:len(printed) + 400], command[1]
+        if page == 'experiments/results.md':               # where no table is written by hand
+            assert rows >= {line for line in text.splitlines() if line.startswith('|')} > set()
+
+    def test_every_figure_of_the_pages_is_what_its_command_draws(self, tmp_path, monkeypatch):
+        matplotlib = pytest.importorskip('matplotlib')
+        image = pytest.importorskip('matplotlib.image')
+        monkeypatch.chdir(HERE.parent)
+        text = ''.join(Path(page).read_text() for page in PAGES)
+        commands = dict(re.findall(rf'{COMMAND}plot (experiments/\S+) ((?:.*\\\n)*.*)$', text,
+                                   re.MULTILINE))
+        shown = {f'experiments/{name}' for name in re.findall(r'!\[.*\]\((?:\S+/)?(\S+)\)', text)}
+        assert shown == commands.keys() == set(map(str, Path().glob('experiments/*.png')))
+        for name, rest in commands.items():
+            report.main(['plot', str(tmp_path / 'f.png'), *shlex.split(rest.replace('\\\n', ''))])
+            if f'version{matplotlib.__version__},'.encode() in Path(name).read_bytes():
+                ours, theirs = image.imread(name), image.imread(tmp_path / 'f.png')
+                assert ours.shape == theirs.shape and (ours != theirs).mean() < .002, name
+
+    @pytest.mark.parametrize('page', PAGES[1:])
+    def test_prose_is_narrow_and_links_lead_somewhere(self, page):
+        text = (HERE.parent / page).read_text()
+        assert [line for line in text.splitlines() if len(line) > 100 and line[0] != '|'] == []
+        for file, _, anchor in re.findall(r'\]\(([^)#]*)(#?)([^)]*)\)', text):
+            target = HERE / file if file else HERE.parent / page
+            assert target.exists(), file
+            if anchor:
+                heads = re.findall('^#+ (.*)$', target.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r'[^\w -]', '', head.lower()).replace(' ', '-')
+                                  for head in heads}, anchor
 
     def test_a_recorded_run_is_not_run_again(self):
         cells, path = run.parse([
