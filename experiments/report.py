@@ -2,7 +2,8 @@
 
     python experiments/report.py table RESULTS.jsonl                       # Markdown
     python experiments/report.py table RESULTS.jsonl --against rand --show valid cost brief
-    python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch
+    python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch,
+                                                                           # interactions
     python experiments/report.py time RESULTS.jsonl                        # minutes
 
 Runs that differ in nothing but the seed are one cell: mean +- standard deviation (n - 1) over the
@@ -394,6 +395,13 @@ FIGURES = {'dim': ('K, dimensions', ('test NDCG@10', 'effective rank of the item
            'users': ('training interactions of the user', ('test NDCG@10',)),
            'epoch': ('epoch', ('validation NDCG@10',))}
 
+# The figure of gains: training interactions a user of the whole sets, what starts are called.
+TRAINING = {'toys': 6.5, 'beauty': 6.9, 'office': 9.2, 'ml-100k': 56.}
+LABELS = {'none': 'random', ('full', 'l3ae'): 'L3AE, a formula with text',
+          ('none', 'ease'): 'EASE, a formula without text', 'var': 'var', 'pca': 'pca',
+          'joint': 'joint'}
+NAMES = {'lightgcn': 'LightGCN', 'sgcl': 'SGCL'}
+
 
 def points_of(run, x, y):
     """{place on the x axis: value} of a run, for a line of FIGURES."""
@@ -455,21 +463,25 @@ def draw(axes, lines, styles, x, y):
     axes.grid(alpha=.3)
 
 
-def plot(runs, x, path):
-    """Draws the figure FIGURES[x] as a PNG."""
+def pyplot():
+    """matplotlib.pyplot without a screen."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError('the figures need matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
+
+def plot(runs, x, path):
+    """Draws the figure FIGURES[x] as a PNG."""
     if x == 'dim' and not all(run['spectrum'] for run in runs):
         raise ValueError('a closed form has no K: choose models with --only model=')
     lines, rows = curves(runs, x), FIGURES[x][1]
     styles = dict(zip(dict.fromkeys(label for some in lines.values() for label in some),
                       itertools.cycle(STYLES)))
-    figure, grid = pyplot.subplots(len(rows), len(lines), squeeze=False, layout='constrained',
+    figure, grid = pyplot().subplots(len(rows), len(lines), squeeze=False, layout='constrained',
                                    figsize=(5.2 * len(lines), 3.9 * len(rows)))
     for column, (dataset, some) in enumerate(lines.items()):
         grid[0, column].set_title(dataset)
@@ -479,6 +491,60 @@ def plot(runs, x, path):
              zip(*axes.get_legend_handles_labels())}
     grid[0, 0].legend(known.values(), known.keys(), fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def ratios(runs):
+    """{model: {label: {(interactions a user, dataset): [ratio]}}}: the NDCG@10 of each start over
+    that of the random start of the same model, seed and data; of closed forms, which are no start,
+    in every model."""
+    scores = defaultdict(dict)                             # {(place, seed): {(model, label): NDCG}}
+    for run in runs:
+        one = run['settings']
+        users = TRAINING[one['dataset']] * (1 - one['cold'])
+        label = LABELS.get((one['strategy'], one['model']), LABELS.get(one['strategy']))
+        slow = run['training'].get('lr') == 1e-4           # which joint wants, with SGCL
+        if label and (label != 'joint' or one['model'] != 'sgcl' or slow):
+            key = (users, one['dataset']), one['seed']
+            scores[key][one['model'], label] = run['test']['NDCG@10']
+
+    out = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for (where, _), found in scores.items():
+        for model in ('lightgcn', 'sgcl'):
+            base = found.get((model, 'random'))
+            for (of, label), ndcg in found.items():
+                if base and label != 'random' and of in (model, 'ease', 'l3ae'):
+                    out[model][label][where].append(ndcg / base)
+    return out
+
+
+def plot_gains(runs, path):
+    """Draws what starts and closed forms gain over the random start, by interactions a user."""
+    found = ratios(runs)
+    places = sorted({where for labels in found.values() for points in labels.values()
+                     for where in points})
+    if not places:
+        raise ValueError('no run stands beside one from a random start')
+    figure, grid = pyplot().subplots(1, len(found), squeeze=False, sharey=True,
+                                     layout='constrained', figsize=(5.4 * len(found), 4.2))
+    for axes, (model, labels) in zip(grid[0], sorted(found.items())):
+        for style, label in zip(STYLES[1:], LABELS.values()):
+            points = labels.get(label, {})
+            axes.plot([places.index(where) for where in points],
+                      [np.mean(ratio) for ratio in points.values()], label=label, ls='',
+                      marker=style['marker'], color=style['color'], ms=7, mec='black', mew=.6)
+        axes.axhline(1, color='black', lw=1)
+        axes.set_yscale('log', base=2)
+        axes.set_yticks([.5, .7, 1, 1.4, 2, 3], ['0.5', '0.7', '1', '1.4', '2', '3'])
+        axes.set_xticks(range(len(places)), [f'{users:.1f} {name}' for users, name in places],
+                        rotation=60, ha='right')
+        axes.set_title(NAMES[model])
+        axes.grid(alpha=.3)
+    grid[0, 0].set_ylabel('NDCG@10 over that of a random start')
+    figure.supxlabel('training interactions a user, and the data', fontsize=10)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    kept = [(handle, name) for handle, name in zip(handles, names) if len(handle.get_xdata())]
+    figure.legend(*zip(*kept), fontsize=9, loc='outside upper center', ncols=len(kept))
+    figure.savefig(path, dpi=110)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -492,7 +558,7 @@ def arguments(argv):
                                                                'activity', 'brief'))
     two = commands.add_parser('plot', help='a PNG')
     two.add_argument('file', metavar='FILE.png')
-    two.add_argument('--x', default='dim', choices=FIGURES)
+    two.add_argument('--x', default='dim', choices=(*FIGURES, 'interactions'))
     three = commands.add_parser('time', help='minutes that the runs took')
     for sub in (one, two, three):
         sub.add_argument('results', nargs='*', help='default: results.jsonl')
@@ -510,7 +576,9 @@ def main(argv=None):
         if args.command == 'plot' and not args.file.endswith('.png'):
             raise ValueError(f'{args.file}: expected FILE.png, then the results files')
         runs = chosen(read(files or ['results.jsonl'], every=args.command == 'time'), only)
-        if args.command == 'plot':
+        if args.command == 'plot' and args.x == 'interactions':
+            plot_gains(runs, args.file)
+        elif args.command == 'plot':
             plot(runs, args.x, args.file)
         elif args.command == 'time':
             print('\n'.join(times(runs)))
