@@ -1960,6 +1960,94 @@ class TestWeights:
 
 # ---- the files --------------------------------------------------------------------------------
 
+README = (HERE / 'README.md').read_text(encoding='utf8')
+
+
+def blocks(kind):
+    """The fenced blocks of the README of one kind, such as python."""
+    return re.findall(rf'^```{kind}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+
+
+class TestReadme:
+    @pytest.fixture
+    def quick(self, own, monkeypatch):
+        """data.load and embed.encode with made-up data and without the network."""
+        load, encode = data.load, embed.encode
+        monkeypatch.setattr(data, 'load', lambda dataset: load(str(own)))
+        monkeypatch.setattr(embed, 'encode', lambda texts: np.tile(encode(texts, 'tfidf'), 8))
+
+    def test_its_lines_fit_a_screen(self):
+        assert [line for line in README.splitlines() if len(line) > 100 and line[0] != '|'] == []
+
+    def test_the_program_runs_as_it_stands_and_a_new_user_is_recommended_to(self, quick, capsys):
+        program, own_model, new_user, *_ = blocks('python')
+        names = {'torch': torch}
+        exec(program, names)
+        out = capsys.readouterr().out.splitlines()
+        found = re.fullmatch(r'Recall@10 (\S+), NDCG@10 (\S+)', out[-1])
+        assert float(found[1]) > .3                                    # chance: about .2
+        trained = {name: names[name] for name in ('model', 'train', 'titles')}
+        items0 = names['items0'].copy()
+
+        # the tables of other models, which are stood in for by ones of the same shape
+        class Model:
+            def __init__(self, n_nodes, K, num_layers):
+                self.embedding = torch.nn.Embedding(n_nodes, K)
+                self.user_embedding = torch.nn.Embedding(121, K)
+                self.item_embedding = torch.nn.Embedding(61, K)
+
+            def token2id(self, field, token):
+                return int(token[1:]) + 1
+
+        class torch_geometric:
+            class nn:
+                LightGCN = Model
+        names |= {'torch_geometric': torch_geometric, 'dataset': Model(1, 1, 1)}
+        exec(own_model, names)
+        model, table = names['model'], names['table']
+        assert (model.embedding.weight[120:].detach().numpy() == items0).all()
+        places = [int(item[1:]) + 1 for item in names['items']]
+        assert (model.item_embedding.weight[places].detach().numpy() == items0).all()
+        with torch.no_grad():
+            for weight in table.weight, model.embedding.weight:
+                assert weight.requires_grad
+                weight += 1                                            # as training does
+        assert (names['items0'] == items0).all()
+
+        names |= trained
+        exec(new_user, names)
+        picked = names['picked']
+        assert picked.shape == (3, 5)
+        assert names['titles'][picked[0, 0]] in capsys.readouterr().out
+        assert not {*picked[0]} & {*names['train'][0].indices}
+
+    def test_a_saved_run_is_read_and_vectors_are_written_as_it_says(self, own, tmp_path,
+                                                                    monkeypatch):
+        *_, saved, others = blocks('python')
+        monkeypatch.chdir(tmp_path)
+        users = tmp_path / 'own' / 'interactions.csv'
+        users.write_text(users.read_text().replace('u7,', 'ann,'))
+        assert main_on(own, '--save', 'run') == 0
+        names = {'json': json, 'np': np}
+        exec(saved, names)
+        assert names['scores'].shape == (60,)
+        rows = Path('run/recommendations.tsv').read_text().splitlines()
+        best = next(row.split('\t') for row in rows if row.startswith('ann\t1\t'))
+        i = names['run']['items'].index(best[2])
+        assert abs(names['scores'][i] - float(best[3])) < 1e-5
+
+        class SentenceTransformer:
+            def __init__(self, name):
+                assert isinstance(name, str)
+
+            def encode(self, texts):
+                return np.ones((len(texts), 3), np.float32)
+        lines = others[others.index('vectors ='):]
+        exec(lines, {'np': np, 'SentenceTransformer': SentenceTransformer, 'texts': ['a', 'b'],
+                     'ids': ['1', '2']})
+        assert embed.encode(['b'], 'vectors.npz', ids=['2']).tolist() == [[1, 1, 1]]
+
+
 class TestModules:
     @pytest.mark.parametrize('file', ['data.py', 'embed.py', 'llminit.py', 'models.py'])
     def test_each_imports_alone_in_an_empty_folder_and_does_nothing(self, tmp_path, file):

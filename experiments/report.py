@@ -371,6 +371,36 @@ def tables(runs, against, show):
     return '\n\n'.join('\n'.join(table(some, against, show)) for some in protocols.values())
 
 
+def called(settings):
+    """A run in a few words."""
+    return ' '.join(str(settings[name]) for name in ('dataset', 'cold', 'model', 'strategy', 'seed'))
+
+
+def front(runs):
+    """Yields the lines of a Markdown table of NDCG@10 alone, and the gain over the first row: a
+    row for each model and start, a column for each dataset and share that was removed."""
+    means = defaultdict(lambda: defaultdict(dict))         # {row: {column: {seed: NDCG@10}}}
+    for run in sorted(runs, key=place):
+        one = run['settings']
+        column = one['dataset'] + (f", {one['cold']:.0%} removed" if one['cold'] else '')
+        cell = means[one['model'], one['strategy']][column]
+        if one['seed'] in cell:
+            raise ValueError(f'several runs are {called(one)}: choose with --only')
+        cell[one['seed']] = run['test']['NDCG@10']
+
+    columns = list(dict.fromkeys(column for row in means.values() for column in row))
+    first = next(iter(means.values()))
+    lines = []
+    for (model, strategy), row in means.items():
+        cells = []
+        for column in columns:
+            value = np.mean([*row[column].values()])
+            gain = value / np.mean([*first[column].values()]) - 1
+            cells.append(f'{value:.4f}' + f' {gain:+.0%}' * (row is not first))
+        lines.append([model, strategy, *cells])
+    yield from markdown(['model', 'start', *columns], lines)
+
+
 def times(runs):
     """Yields the lines of a Markdown table of the minutes that runs took, and their sum."""
     minutes = defaultdict(list)
@@ -560,7 +590,8 @@ def arguments(argv):
     two.add_argument('file', metavar='FILE.png')
     two.add_argument('--x', default='dim', choices=(*FIGURES, 'interactions'))
     three = commands.add_parser('time', help='minutes that the runs took')
-    for sub in (one, two, three):
+    four = commands.add_parser('front', help='Markdown, NDCG@10 alone')
+    for sub in (one, two, three, four):
         sub.add_argument('results', nargs='*', help='default: results.jsonl')
         sub.add_argument('--only', nargs='+', action='extend', default=[], metavar='NAME=VALUE',
                          help='settings that a run must have, such as model=sgl strategy=none,var')
@@ -580,6 +611,8 @@ def main(argv=None):
             plot_gains(runs, args.file)
         elif args.command == 'plot':
             plot(runs, args.x, args.file)
+        elif args.command == 'front':
+            print('\n'.join(front(runs)))
         elif args.command == 'time':
             print('\n'.join(times(runs)))
         else:
