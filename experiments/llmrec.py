@@ -276,13 +276,13 @@ def parse(argv):
     parts = [part for part in PARTS if part in parts]
     cells, path = run.parse(rest)
     for cell in cells:
-        if cell.strategy == 'none' or cell.encoder.endswith(('.npy', '.npz', '.itememb')):
+        if cell.strategy == 'none' or cell.encoder.endswith('.npz'):
             p.error('--strategy none and files of vectors encode no answers')
         base = copy.copy(cell)
         training = {**HOW, 'lr': own.rate, 'mask_seen': cell.seen == 'mask', 'prune': own.prune,
                     'regulariser': own.regulariser}
         if parts:
-            training |= {'chat': own.chat_model, 'endpoint': embed.endpoint()[0],
+            training |= {'chat': own.chat_model, 'endpoint': chat.endpoint.server()[0],
                          'users': own.users}
         if 'pairs' in parts:
             training['base'] = f'{cell.model} {cell.strategy} K={cell.dim} {cell.training}'
