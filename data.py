@@ -303,16 +303,17 @@ def read_files(inter, item, usual, columns, text_columns, timestamps):
 
 # ---- known sets --------------------------------------------------------------------------------
 
-def write_blocks(answer, path, most):
-    """Write the body of an answer to path, told live on a terminal. OSError if it is too long."""
-    written = 0
-    with open(path, 'wb') as file:
+def write_blocks(answer, part, most):
+    """Write the body of an answer to part, live on a terminal; OSError beyond `most` bytes."""
+    came = 0
+    with open(part, 'wb') as file:
         for block in answer.iter_content(1 << 16):
-            written += file.write(block)
-            if written > most:
+            came += len(block)
+            if came > most:                                # an endless body must not fill the disk
                 raise OSError(f'more than {most:,} bytes')
+            file.write(block)
             if sys.stderr.isatty():
-                print(f'{written >> 20:5} MB of {answer.url}', end='\r', file=sys.stderr)
+                print(f'{came >> 20:5} MB of {answer.url}', end='\r', file=sys.stderr)
 
 
 def download(url, path, sha256=None, size=None, most=2 << 30):
@@ -326,6 +327,7 @@ def download(url, path, sha256=None, size=None, most=2 << 30):
     busy = Retry(2, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     busy.retry_after_max = 60                              # seconds; older urllib3 obey the server
     most = size or most
+    handled = sys.exception()                              # what the caller may be dealing with
 
     try:
         with requests.Session() as session:
@@ -348,9 +350,10 @@ def download(url, path, sha256=None, size=None, most=2 << 30):
                           f'with {sha256}')
         part.replace(path)
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
-        while error.__context__:                           # the innermost says why
+        while error.__context__ not in (None, handled):    # the innermost says why
             error = error.__context__
-        raise OSError(f'{url}: {" ".join(str(error).split())}') from None
+        reason = ' '.join(str(error).split()).encode('unicode_escape').decode()
+        raise OSError(f'{url}: {reason}') from None
     finally:
         part.unlink(missing_ok=True)
 

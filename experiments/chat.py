@@ -1,9 +1,10 @@
 """What llmrank.py and llmrec.py share: a base model, questions to a chat endpoint, answers.
 
-The endpoint is any OpenAI-compatible server, by OPENAI_BASE_URL and OPENAI_API_KEY. Titles stand in
-questions as JSON strings of one line and limited length, and the questions say that they are data.
-Answers are read as numbers or titles of a given list, or as fields, and nothing else. Models that
-refuse max_tokens or a temperature are not supported. One call at a time.
+The endpoint is any OpenAI-compatible server, by OPENAI_BASE_URL and OPENAI_API_KEY, asked through
+endpoint.py, which keeps the key out of all that is printed and kept. Titles stand in questions as
+JSON strings of one line and limited length, and the questions say that they are data. Answers are
+read as numbers or titles of a given list, or as fields, and nothing else. Models that refuse
+max_tokens or a temperature are not supported. One call at a time.
 """
 import difflib
 import json
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import endpoint
 import numpy as np
 from run import embed, identity, models, once, prepare, settings_of
 
@@ -103,19 +105,18 @@ def call(texts, url, model, size):
     """One chat call: [SYSTEM, question] -> JSON text of the answer, its tokens and seconds, as an
     array for embed.cached."""
     start, roles = time.monotonic(), ('system', 'user')
-    found = embed.post('chat/completions', {
+    found = endpoint.post('chat/completions', {
         'model': model, 'temperature': TEMPERATURE, 'max_tokens': size,
         'messages': [{'role': role, 'content': text} for role, text in zip(roles, texts)]},
         'choices')
     try:
         text = str(found['choices'][0]['message'].get('content') or '')
         text = re.sub(r'<think>.*?</think>', '', text, flags=re.DOTALL)     # of reasoning models
+        text = endpoint.redacted(text)                                      # answers are kept
         used = (found.get('usage') or {}).get('total_tokens')
         used = int(used or len(''.join([*texts, text])) // 3)
-    except embed.DAMAGED as error:
-        wrong = OSError(f'{url} answers with {embed.one_line(error)}')
-        wrong.status = 200
-        raise wrong from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise endpoint.EndpointError(f'{url} answers with {endpoint.shown(error)}', 200) from None
     return np.array(json.dumps({'text': text, 'tokens': used, 'retries': found['retries'],
                                 'seconds': time.monotonic() - start}))
 
@@ -127,7 +128,7 @@ def ask(questions, model, cache):
     equal questions are asked once. An answer that the server refuses (400, 413, 422) or garbles is
     '' and not cached. OSError if it refuses the first one, or for other errors.
     """
-    url, cache = embed.endpoint()[0], Path(cache).expanduser() / 'chat'
+    url, cache = endpoint.server()[0], embed.expanded(cache, '--cache') / 'chat'
 
     def answer(question, compute):
         text, size = question
@@ -151,8 +152,8 @@ def ask(questions, model, cache):
     for n, question in enumerate(left, 1):
         try:
             answers[question] = answer(question, call)
-        except OSError as error:
-            if getattr(error, 'status', None) not in (200, 400, 413, 422) or not answers:
+        except endpoint.EndpointError as error:
+            if error.status not in (200, 400, 413, 422) or not answers:
                 raise
             refused += 1
         embed.progress(f'chat: {n:,} of {len(left):,} answers', n / len(left), start)

@@ -9,8 +9,8 @@ The peer has an environment of its own, as sentence-transformers brings much alo
     python -m venv PEER
     PEER/bin/pip install torch==2.13.0 sentence-transformers==6.2.0
 
-With --endpoint MODEL the texts also go to the server of OPENAI_BASE_URL, as --encoder openai:MODEL
-sends them. infinity-emb serves the same folder on loopback, again from its own environment:
+With --endpoint MODEL the texts also go to the server of OPENAI_BASE_URL, as endpoint.py sends
+them. infinity-emb serves the same folder on loopback, again from its own environment:
 
     python -m venv SERVER
     SERVER/bin/pip install "infinity-emb[server,torch]==0.0.78" torch==2.13.0 "transformers<4.49" \
@@ -57,13 +57,14 @@ np.save(out, vectors)
 def ours(texts, out, folder, threads, dtype):
     """Encodes once, in dtype or by openai:MODEL; prints the seconds by the clock and of CPU."""
     import embed
+    import endpoint
     import torch
     torch.set_num_threads(threads)
     texts = json.loads(Path(texts).read_text())
     wall, cpu = time.perf_counter(), time.process_time()
     if dtype.startswith('openai:'):
-        with tempfile.TemporaryDirectory() as cache:
-            vectors = embed.encode(texts, dtype, cache=cache)
+        with tempfile.TemporaryDirectory() as answers:
+            vectors = endpoint.embeddings(texts, dtype.removeprefix('openai:'), Path(answers))
     else:
         vectors = embed.run_mpnet(texts, folder, 'cpu', dtype)
     print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))

@@ -128,7 +128,7 @@ def parse(argv):
     p.add_argument('--shuffles', default=1, type=llminit.number(int, 1), help='calls for each user')
     own, rest = p.parse_known_args(argv)
     cells, path = run.parse(rest)
-    training = {'chat': own.chat_model, 'endpoint': chat.embed.endpoint()[0], 'users': own.users,
+    training = {'chat': own.chat_model, 'endpoint': chat.endpoint.server()[0], 'users': own.users,
                 'shuffles': own.shuffles}
     return [llminit.argparse.Namespace(**{
         **vars(cell), 'base': cell, 'model': 'llmrank', 'strategy': strategy,

@@ -39,7 +39,7 @@ import numpy as np
 import run
 import scipy.sparse as sp
 import torch
-from run import embed, llminit, models
+from run import embed, early_stopping, llminit, models
 from torch.nn import functional as F
 
 PARTS = 'pairs', 'profiles', 'attributes'
@@ -236,7 +236,7 @@ def fit_llmrec(args, train, valid, vectors, rng, device, log, sides={}, pairs=No
             adam.step()
             total.append(loss.item())
         return np.mean(total)
-    curve = models.early_stopping(model, epoch, valid, seen, how['epochs'], how['patience'], log)
+    curve = early_stopping(model, epoch, valid, seen, how['epochs'], how['patience'], log)
     return *model.embeddings(), curve, {'K': K, 'parameters': sum(p.numel() for p in
                                                                   model.parameters())}
 
@@ -276,13 +276,13 @@ def parse(argv):
     parts = [part for part in PARTS if part in parts]
     cells, path = run.parse(rest)
     for cell in cells:
-        if cell.strategy == 'none' or cell.encoder.endswith(('.npy', '.npz', '.itememb')):
+        if cell.strategy == 'none' or cell.encoder.endswith('.npz'):
             p.error('--strategy none and files of vectors encode no answers')
         base = copy.copy(cell)
         training = {**HOW, 'lr': own.rate, 'mask_seen': cell.seen == 'mask', 'prune': own.prune,
                     'regulariser': own.regulariser}
         if parts:
-            training |= {'chat': own.chat_model, 'endpoint': embed.endpoint()[0],
+            training |= {'chat': own.chat_model, 'endpoint': chat.endpoint.server()[0],
                          'users': own.users}
         if 'pairs' in parts:
             training['base'] = f'{cell.model} {cell.strategy} K={cell.dim} {cell.training}'

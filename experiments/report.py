@@ -373,7 +373,8 @@ def tables(runs, against, show):
 
 def called(settings):
     """A run in a few words."""
-    return ' '.join(str(settings[name]) for name in ('dataset', 'cold', 'model', 'strategy', 'seed'))
+    names = 'dataset', 'cold', 'model', 'strategy', 'seed'
+    return ' '.join(str(settings[name]) for name in names)
 
 
 def front(runs):
