@@ -33,7 +33,6 @@ import functools
 import hashlib
 import io
 import os
-import sys
 import time
 import warnings
 

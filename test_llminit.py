@@ -366,7 +366,7 @@ class TestSelection:
     def test_pool_users_refuses_stored_zeros_and_unknown_pools(self):
         train = random_graph(7, 9, .4)
         fails("pool 'max': expected one of mean, sqrt, sum", llminit.pool_users, train, 0, 'max')
-        fails('9 items, but there are 8', llminit.pool_users, train, np.ones((8, 2)))
+        fails('9 items for 8 item vectors', llminit.pool_users, train, np.ones((8, 2)))
         train.data[3] = 0                                              # as X.data >= 4 makes them
         fails('eliminate_zeros', llminit.pool_users, train, np.ones((9, 2)))
         fails('eliminate_zeros', models.adjacency, train)

@@ -11,7 +11,6 @@ import json
 import re
 import sys
 import time
-from pathlib import Path
 
 import endpoint
 import numpy as np

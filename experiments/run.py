@@ -15,7 +15,6 @@ processes on two files: on one they would do the same work. report.py reads seve
 
 It adds a model to those of llminit.py: --model morec, see morec.py.
 """
-import argparse
 import base64
 import functools
 import hashlib

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 HERE = Path(__file__).resolve().parent
