@@ -411,22 +411,28 @@ def parser():
         group.add_argument(flag, help=help + ' (%(default)s)' * bool(how.get('default')), **how)
 
     group = p.add_argument_group('data')
-    add('--dataset', 'beauty, toys, tools, office, ml-100k or yours', default='ml-100k', type=place)
+    add('--dataset', 'beauty, toys, tools, office, ml-100k, or your folder', default='ml-100k',
+        type=place)
     add('--data', 'datasets are here or are fetched to here', default='data', type=place)
     add('--min-rating', 'lower ratings are dropped', default=4., type=number(float, -1e9, 1e9))
     add('--core', 'interactions that users and items must have', default=5, type=number(int, 0))
-    add('--columns', 'your names, such as user_id=visitorid', default=[], type=pair, nargs='+')
-    add('--text-columns', 'A,B: which make the text of an item', type=lambda text: text.split(','))
-    add('--split', 'last: by timestamp', default='random', choices=('random', 'last'))
-    add('--cold', 'share of training that each user loses', default=0., type=number(float, 0, 1))
+    add('--columns', 'your names of user_id, item_id, rating, timestamp or title', nargs='+',
+        metavar='NAME=THEIRS', default=[], type=pair)
+    add('--text-columns', 'columns of the item file that make the text', metavar='A,B',
+        type=lambda text: text.split(','))
+    add('--split', 'leave one out: drawn [paper], or the newest by timestamp', default='random',
+        choices=('random', 'last'))
+    add('--cold', 'share of the training interactions that each user loses', metavar='SHARE',
+        default=0., type=number(float, 0, 1))
 
     group = p.add_argument_group('start')
-    add('--strategy', 'none: random; joint: text and interactions; else which dimensions',
+    add('--strategy', 'which dimensions; none: a random start; joint: text and interactions',
         default='var', choices=('none', *SELECTIONS, 'joint'))
     add('--encoder', 'mpnet, tfidf, or an .npz file of vectors', default='mpnet', type=place)
     add('--dim', 'K, the dimensions kept (128)', type=number(int, 1))
     add('--whiten', 'pca: 1 makes all equally wide', default=0., type=number(float, 0, 1))
-    add('--popular', 'var: of this share of items', default=1., type=number(float, 0, 1))
+    add('--popular', "var: over this share of the items; authors' code .2", default=1.,
+        type=number(float, 0, 1))
     add('--pool', 'how the items of a user make the user', default='mean', choices=POOLS)
 
     group = p.add_argument_group('training')
@@ -444,7 +450,7 @@ def parser():
     add('--seed', 'of split, start and training (0)', default=0, type=number(int, 0))
     add('--device', 'where it runs', default='auto', choices=('auto', 'cpu', 'cuda'))
     add('--cache', 'for weights and vectors', default='~/.cache/llminit')
-    add('--save', 'write tables, ids, metrics and recommendations there', type=place)
+    add('--save', 'write tables, ids, metrics and recommendations there', metavar='DIR', type=place)
     add('--top', 'recommendations for each user', default=10, type=number(int, 1))
     return p
 
