@@ -30,11 +30,15 @@ import tempfile
 import time
 
 
+def printable(text):
+    """text on one line, with escapes for what a terminal would act on."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in ' '.join(text.split()))
+
+
 def complain(text):
     """Print one line on stderr: under torchrun in the first process of each machine."""
     if os.environ.get('LOCAL_RANK', '0') in ('', '0'):
-        text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in ' '.join(text.split()))
-        print(f'llminit: {text[:1000]}', file=sys.stderr)
+        print(f'llminit: {printable(text)[:1000]}', file=sys.stderr)
 
 
 def stop(number, frame):
@@ -242,8 +246,9 @@ def main(argv=None):
     rng = np.random.default_rng(args.seed)
     train, valid, test = data.split(interactions, rng, args.split == 'last')  # csr (U, I) each
     train = data.thin(train, args.cold, rng)
-    say(f'{args.dataset}: {len(user_ids):,} users, {len(item_ids):,} items, {interactions.nnz:,} '
-        f'interactions: {train.nnz:,} train, {valid.nnz:,} valid, {test.nnz:,} test')
+    say(f'{printable(args.dataset)}: {len(user_ids):,} users, {len(item_ids):,} items, '
+        f'{interactions.nnz:,} interactions: {train.nnz:,} train, {valid.nnz:,} valid, '
+        f'{test.nnz:,} test')
 
     if args.strategy == 'none':
         users0, items0 = (xavier(rng, n, args.dim) for n in train.shape)     # (U, K), (I, K)
@@ -297,7 +302,8 @@ def result_row(args, K, metrics, curve, seconds, flags):
 def lines_of(row, head=True):
     """The lines of a Markdown table of one row."""
     cells = [row.keys(), ['---'] * len(row), row.values()]
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in cells[0 if head else 2:])
+    lines = [' | '.join(printable(str(cell)) for cell in line) for line in cells]
+    return '\n'.join(f'| {line} |' for line in lines[0 if head else 2:])
 
 
 # ---- a saved run -------------------------------------------------------------------------------

@@ -537,10 +537,11 @@ class TestSave:
             capture_output=True, text=True, timeout=120)
         assert done.stdout.splitlines()[1:] == ['0'] and 'rror' not in done.stderr, done
         assert (tmp_path / 's' / 'run.json').is_file()
-        folder = own.rename(own.parent / 'größe')
+        folder = own.rename(own.parent / 'größe\x1b[2J')
         code, out, err = finished(*program[:2], folder, *program[3:], '--save', f'{tmp_path}/ö',
                                   PYTHONIOENCODING='ascii')
-        assert code == 0 and r'gr\xf6\xdfe | lightgcn' in out, err
+        assert code == 0 and r'gr\xf6\xdfe\x1b[2J | lightgcn' in out, err
+        assert '\x1b' not in out + err
         assert (tmp_path / 'ö' / 'run.json').is_file()
 
     @pytest.mark.parametrize('sign, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
