@@ -346,7 +346,7 @@ class TestReport:
     def test_every_table_of_the_pages_is_what_its_command_prints(self, page, capsys, monkeypatch):
         monkeypatch.chdir(HERE.parent)
         text, rows = Path(page).read_text(), set()
-        pattern = rf'{COMMAND}((?:table|time) (?:.*\\\n)*.*)$'
+        pattern = rf'{COMMAND}((?:table|time|front) (?:.*\\\n)*.*)$'
         for command in re.finditer(pattern, text, re.MULTILINE):
             words = [name for word in shlex.split(command[1].replace('\\\n', ''))
                      for name in (sorted(map(str, Path().glob(word))) if '*' in word else [word])]
