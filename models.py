@@ -17,14 +17,16 @@ From a start, plain arrays users0 (U, K) and items0 (I, K), to recommendations:
     recall, ndcg = evaluate(users, items, test, seen=observed + valid)
     picked, scores = recommend(users, items, seen=observed + valid)
 
-Read adjacency, LightGCN, evaluate and train: they are the whole of it. The rest is SGL, SGCL, the
-part that makes a CPU fast (propagation at some rows) and the part for several processes (torchrun).
+Read adjacency, Propagate, LightGCN, evaluate and train: they are the whole of it, if z_at is read
+as rows of z and all_reduce as its arguments. The rest is SGL, SGCL, what makes a CPU fast
+(propagation at some rows) and what several processes need (torchrun).
 
 Not here: texts (embed.py), choosing dimensions (llminit.py), reading and splitting (data.py).
-Shapes: U users, I items, K dimensions, L layers, B pairs of a batch, R rows asked for, P pairs of
-user and item, C of them at a time. Matrices of interactions are csr (U, I) of ones. Beside other
-busy programs set OMP_WAIT_POLICY=passive before torch is imported, as llminit.py does: waiting
-threads then sleep. Needs numpy, scipy, torch. MIT licence, from LLMInit's reference implementation.
+Shapes: U users, I items, K dimensions, L layers, B pairs of a batch, R rows asked for, M rows that
+come of a product, P pairs of user and item, C of them at a time, W processes. Matrices of
+interactions are csr (U, I) of ones. Beside other busy programs set OMP_WAIT_POLICY=passive before
+torch is imported, as llminit.py does: waiting threads then sleep. Needs numpy, scipy, torch. MIT
+licence, from LLMInit's reference implementation.
 """
 import atexit
 import contextlib
@@ -55,7 +57,7 @@ def adjacency(observed):
         raise ValueError('observed stores zeros: call observed.eliminate_zeros()')
 
     degree_u = np.diff(observed.indptr)                                       # (U,)
-    degree_i = np.bincount(observed.indices)                                  # of the last item too
+    degree_i = np.bincount(observed.indices)               # up to the last item that occurs
     data = np.repeat(degree_u, degree_u) ** -.5 * degree_i[observed.indices] ** -.5
     upper = sp.csr_matrix((data, observed.indices, observed.indptr), observed.shape, np.float32)
     return sp.bmat([[None, upper], [upper.T, None]], 'csr')
@@ -87,7 +89,8 @@ def spmm(block, x):
 class Propagate(torch.autograd.Function):
     """z = 1/(L+1) sum_l A_hat^l E of all nodes: table (U+I, K) -> (U+I, K).
 
-    graphs: A_hat of each layer. A_hat is its own transpose, so the backward pass is the same sum.
+    graphs: A_hat of each layer. Each is its own transpose, so the backward pass is the same sum
+    with the graphs in reverse order.
     """
 
     @staticmethod
@@ -133,7 +136,7 @@ class LightGCN(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.from_numpy(start).to(device))             # (U+I, K)
 
     def new_epoch(self, rng):
-        """Draw what each epoch draws anew: nothing here."""
+        """Called before each epoch: SGL draws its views here."""
 
     def z_of_all(self, graphs):
         """z of all nodes -> (U+I, K)."""
@@ -177,7 +180,11 @@ class LightGCN(torch.nn.Module):
         return pairs.mean() + penalty
 
 
-BPR = functools.partial(LightGCN, n_layers=0)              # matrix factorisation
+class BPR(LightGCN):
+    """Matrix factorisation: z = E."""
+
+    def __init__(self, graph, users0, items0, device='cpu'):
+        super().__init__(graph, users0, items0, 0, device)
 
 
 class InfoNCE(torch.autograd.Function):
@@ -236,19 +243,20 @@ class InfoNCE(torch.autograd.Function):
 class SGL(LightGCN):
     """LightGCN and a contrast of two views of the graph, drawn anew every epoch.
 
-    views: 'edge' drops a share of the edges, 'node' of the users and of the items with all their
-    edges, 'walk' of the edges for each layer anew. A view is normalised by its own degrees.
+    views: 'edge' drops a share of the edges; 'node' a share of the users and of the items, with all
+    their edges; 'walk' is like 'edge', but drawn for each layer. A view is normalised by its own
+    degrees. new_epoch(rng) must come before the first loss().
     """
 
     drop = .1                          # [authors' code]
-    weight = .05                       # of InfoNCE [authors' code]
+    contrast_weight = .05              # of InfoNCE [authors' code]
     summed = True
 
     def __init__(self, graph, users0, items0, n_layers=2, device='cpu', views='edge', tau=.2):
         super().__init__(graph, users0, items0, n_layers, device)
         if views not in ('edge', 'node', 'walk'):
             raise ValueError(f'views {views!r}: expected edge, node or walk')
-        self.observed = graph[:self.n_users, self.n_users:]
+        self.observed = graph[:self.n_users, self.n_users:]    # where the edges are
         self.kind = views
         self.tau = tau                                     # .2 [authors' code]
 
@@ -261,7 +269,8 @@ class SGL(LightGCN):
                 kept &= ~np.isin(nodes, rng.permutation(count)[:int(count * self.drop)])
         else:
             kept = rng.permutation(len(users)) < int(len(users) * (1 - self.drop))
-        left = sp.csr_matrix((kept[kept], (users[kept], items[kept])), self.observed.shape)
+        ones = np.ones(kept.sum(), bool)
+        left = sp.csr_matrix((ones, (users[kept], items[kept])), self.observed.shape)
         return on_device(adjacency(left), self.table.device)
 
     def new_epoch(self, rng):
@@ -278,8 +287,8 @@ class SGL(LightGCN):
         Nodes that are in the batch several times are computed once, with a weight.
         """
         pairs, penalty = self.bpr(users, positives, negatives)
-        users, n_users = users.unique(return_counts=True)
-        items, n_items = positives.unique(return_counts=True)
+        users, user_repeats = users.unique(return_counts=True)
+        items, item_repeats = positives.unique(return_counts=True)
 
         # queries from the first view, at the batch's nodes; keys from the second, all nodes.
         # split, not slices: each slice would make a gradient of full size
@@ -287,9 +296,9 @@ class SGL(LightGCN):
         second = self.z_of_all(self.views[1])                                           # (U+I, K)
         query_u, query_i = first.split([len(users), len(items)])
         key_u, key_i = second.split([self.n_users, len(second) - self.n_users])
-        contrast = (InfoNCE.apply(query_u, key_u, users, n_users, self.tau)
-                    + InfoNCE.apply(query_i, key_i, items, n_items, self.tau))
-        return pairs.sum() + penalty + self.weight * contrast
+        contrast = (InfoNCE.apply(query_u, key_u, users, user_repeats, self.tau)
+                    + InfoNCE.apply(query_i, key_i, items, item_repeats, self.tau))
+        return pairs.sum() + penalty + self.contrast_weight * contrast
 
 
 class SGCL(LightGCN):
@@ -429,7 +438,8 @@ def out_of_reach(users, items, pair_user, pair_item, need):
     """Which targets certainly have `need` (P,) items or more above them -> bool (P,).
 
     A target is compared with the eighth of the items that have the longest vectors, which fill most
-    first places, and only scores count that are higher by more than rounding can explain.
+    first places, and only scores count that are higher by more than rounding in full precision can
+    explain (not TF32 on a GPU).
     """
     lengths = torch.linalg.vector_norm(items, dim=1)                                    # (I,)
     longest = items[lengths.topk(len(items) // 8).indices].T                            # (K, I/8)
@@ -485,17 +495,17 @@ def evaluate(users, items, target, seen=None, k=10):
     target = as_csr('target', target, users, items)
     seen = as_csr('seen', seen, users, items)
     ranks = target_ranks(users, items, target, seen, k)                                 # (P,)
-    _, user, n = np.unique(target.nonzero()[0], return_inverse=True, return_counts=True)
+    _, user, n_targets = np.unique(target.nonzero()[0], return_inverse=True, return_counts=True)
 
     gains = np.where(ranks < k, 1 / np.log2(2 + ranks), 0)                              # (P,)
     ideal = np.cumsum(1 / np.log2(2 + np.arange(k)))       # of 1, 2, ..., k targets: all on top
-    recall = np.bincount(user, ranks < k) / n                                           # (n,)
-    ndcg = np.bincount(user, gains) / ideal[np.minimum(n, k) - 1]
+    recall = np.bincount(user, ranks < k) / n_targets                                   # (n,)
+    ndcg = np.bincount(user, gains) / ideal[np.minimum(n_targets, k) - 1]
     return recall, ndcg
 
 
 @torch.no_grad()
-def recommend(users, items, seen, n=10):
+def recommend(users, items, seen=None, n=10):
     """The n best items of each user, all if there are fewer: (U, K), (I, K) tensors, csr (U, I) ->
     (U, n) int64, (U, n) float32 scores.
 
@@ -510,7 +520,8 @@ def recommend(users, items, seen, n=10):
     for start in range(0, len(users), step):
         rows = slice(start, start + step)
         score = (users[rows] @ items.T).float()                                         # (C, I)
-        hide(score, seen[rows])
+        if seen is not None:
+            hide(score, seen[rows])
         best = score.topk(n)                                                            # (C, n)
         scores[rows] = best.values.cpu().numpy()
         picked[rows] = np.where(scores[rows] == -np.inf, -1, best.indices.cpu().numpy())
@@ -612,7 +623,7 @@ def train(name, observed, valid, users0, items0, rng, *, mask_seen=True, epochs=
         recall = ndcg = np.nan
         if valid.nnz:
             recall, ndcg = (metric.mean() for metric in evaluate(*model.embeddings(), valid, seen))
-        if not ndcg <= best:
+        if not ndcg <= best:                               # also of NaN: without validation
             best = ndcg
             best_epoch = epoch
             kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -674,13 +685,13 @@ def communicate(collective, *args, **more):
         collective(*args, **more)
     except (RuntimeError, ValueError) as error:            # torch.distributed's errors are these
         raise OSError('another process has ended or is too late, or the port is taken: '
-                      f'{error}') from None
+                      f'{error}') from error
 
 
 @contextlib.contextmanager
 def in_turn():
-    """Run the block first in one process of each machine, then silently in the others, which find
-    on the disk what the first one downloaded or encoded. They wait up to an hour."""
+    """Run the block first in one process of each machine, then without stderr in the others, which
+    find on the disk what the first one downloaded or encoded. They wait up to an hour."""
     if WORLD[1] == 1:
         yield
         return

@@ -357,7 +357,7 @@ class TestSelection:
         (0, 'var', 1, 0, 'cannot keep 0 of 10'), (3, 'rand', 1, 0, 'rand needs rng'),
         (3, 'none', 1, 0, "strategy 'none': expected one of rand"),
         (3, 'var', .5, 0, 'popular < 1 needs degree'), (4, 'pca', 1, 0, 'fewer than K = 4'),
-        (2, 'uni', 1, np.nan, 'vectors of shape .4, 10.: 1 rows hold NaN')])
+        (2, 'uni', 1, np.nan, 'vectors: 1 of 4 rows hold NaN')])
     def test_errors(self, K, strategy, popular, value, message):
         vectors = np.eye(4, 10, dtype=np.float32)
         vectors[1, 4] = value
@@ -2005,6 +2005,23 @@ class TestReadme:
 
 
 class TestModules:
+    def test_what_a_killed_run_left_goes_after_a_day(self, server, tmp_path, monkeypatch):
+        for folder in (tmp_path / 'vectors', tmp_path / embed.NAME, tmp_path):
+            folder.mkdir(exist_ok=True)
+            for name in ('x.part', '.part-x'):
+                (folder / name).mkdir()
+                (folder / f'new{name}').write_text('')
+                os.utime(folder / name, (0, 0))
+            (folder / 'kept').write_text('')
+            os.utime(folder / 'kept', (0, 0))
+        monkeypatch.setattr(sys, 'executable', 'no-python')
+        fails('no source', embed.fetch_mpnet, tmp_path / embed.NAME)
+        embed.cached(['a'], tmp_path, 'm', (), lambda texts: np.ones(1))
+        fails('by hand', data.load, 'toys', str(tmp_path))
+        for folder in (tmp_path / 'vectors', tmp_path / embed.NAME, tmp_path):
+            left = {path.name for path in folder.iterdir() if path.suffix != '.npy'}
+            assert left - {'vectors', embed.NAME} == {'newx.part', 'new.part-x', 'kept'}
+
     @pytest.mark.parametrize('file', ['data.py', 'embed.py', 'llminit.py', 'models.py'])
     def test_each_imports_alone_in_an_empty_folder_and_does_nothing(self, tmp_path, file):
         shutil.copy(HERE / file, tmp_path)
@@ -2018,7 +2035,7 @@ class TestModules:
         assert found.attempted > 0 and found.failed == 0
 
     def test_the_two_copies_are_equal(self):
-        for name in ('write_blocks', 'download'):
+        for name in ('sweep', 'write_blocks', 'download'):
             assert inspect.getsource(getattr(data, name)) == inspect.getsource(getattr(embed, name))
 
     def test_the_examples_in_the_docstrings_are_what_comes_out(self):
