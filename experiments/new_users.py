@@ -1,6 +1,6 @@
 """Users who were never trained on: their vectors pooled from the trained vectors of their items.
 
-    python experiments/new_users.py --dataset office --seeds 3
+    python experiments/new_users.py --dataset office --model sgcl --seeds 3
 
 A tenth of the users leave the training data. The model trains on the others; then a user who left
 starts from `pool_users` of the trained items, and the test item of each is ranked. Beside it: the
