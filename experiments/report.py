@@ -558,9 +558,9 @@ def plot_gains(runs, path):
     figure, grid = pyplot().subplots(1, len(found), squeeze=False, sharey=True,
                                      layout='constrained', figsize=(5.4 * len(found), 4.2))
     for axes, (model, labels) in zip(grid[0], sorted(found.items())):
-        for style, label in zip(STYLES[1:], LABELS.values()):
-            points = labels.get(label, {})
-            axes.plot([places.index(where) for where in points],
+        for n, (style, label) in enumerate(zip(STYLES[1:], LABELS.values())):
+            points = labels.get(label, {})             # each label a little to the right
+            axes.plot([places.index(where) + .14 * (n - 3) for where in points],
                       [np.mean(ratio) for ratio in points.values()], label=label, ls='',
                       marker=style['marker'], color=style['color'], ms=7, mec='black', mew=.6)
         axes.axhline(1, color='black', lw=1)
