@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,10 @@ class TestGolden:
 class TestSelection:
     """TestGolden has exact figures of every strategy, but not of joint."""
 
+    def test_uni_skips_as_many_dimensions_each_time(self):
+        kept = llminit.select_dims(np.eye(10), 4, 'uni')               # 10 is no multiple of 4
+        assert (kept == np.eye(10)[:, [0, 2, 4, 6]]).all()
+
     def test_joint_is_the_root_of_a_closed_form_over_interactions_and_text(self):
         rng, train = np.random.default_rng(0), random_graph(60, 30, .2)
         vectors = rng.standard_normal((30, 7)).astype(np.float32)
@@ -434,8 +439,7 @@ class TestCommandLine:
     @pytest.mark.parametrize('flags, message', [
         ('--dim 4000', 'cannot keep 4000 of'), ('--dim 0', '0 is no whole number from 1 up'),
         ('--dim x', 'x is no whole number from 1 up'), ('--whiten nan', 'no number from 0 to 1'),
-        ('--columns foo', 'foo: expected NAME=THEIRS, such as'), ('--epochs -1', 'from 0 up'),
-        ('--encoder nothing.npz', 'no such file'),
+        ('--columns foo', 'foo: expected NAME=THEIRS, such as'),
         ('--dataset nowhere', 'nowhere: neither a folder'), ('--strategy best', 'invalid choice'),
         ('--strategy full', 'leave out --dim'), ('--colour=r\ned', 'arguments: --colour=r ed'),
         ('--dataset ml-100k --data /dev/null', 'ml-100k: '), ('--core 99', 'lower min_rating or'),
@@ -733,8 +737,13 @@ class TestEvaluation:
             best = np.argsort(-all_scores)[:min(5, (~seen[u]).sum())]
             assert picked[u].tolist() == best.tolist() + [-1] * (5 - len(best))
             np.testing.assert_allclose(scores[u][:len(best)], all_scores[best], rtol=1e-6)
-        rough = models.recommend(users.bfloat16(), items.bfloat16(), sp.csr_matrix((30, 12)), 5)
-        assert rough[1].dtype == np.float32
+
+    def test_bfloat16_counts_every_item(self):
+        items = torch.tensor([1.] + [0] * 4000 + [2] * 999)[:, None].bfloat16()
+        user, target = torch.ones(1, 1).bfloat16(), sp.csr_matrix(([1], ([0], [0])), (1, 5000))
+        assert models.target_ranks(user, items, target) == 999
+        picked, scores = models.recommend(user, items, target, 999)
+        assert picked.min() == 4001 and (scores == 2).all()
 
 
 class TestTraining:
@@ -936,6 +945,8 @@ CASES = [
     # what is read
     ('items without interactions', '@ / a,1 / a,2', 'item_id,title / 1,tea / 2,cup / 3,tea cup',
      'a1 a2 | tea, cup | 1 of 3 items have no interactions left'),
+    ('rows of unknown items', '@ / a,1 / a,9 / b,9', I,
+     'a1 | tea | 2 of items that the item file lacks'),
     ('missing texts', '@ / a,1 / a,2 / a,3', r'item_id,title / 1,\N / 2,cup / 3,',
      'a1 a2 a3 | , cup,  | 2 items without text'),
     ('quoted cells',
@@ -964,12 +975,16 @@ CASES = [
     # which file, which column
     ('two files of ratings', {'ratings.csv': '@ / a,1', 'ratings_2024.csv': '@ / b,1'}, I,
      'error: ratings.csv .*ratings_2024.csv .*keep one, or join them: the split'),
+    ('two files of items', {'r.csv': '@ / a,1', 'j.csv': 'item_id,title / 1,pot'}, I,
+     'error: items.csv with item_id, title; j.csv with item_id, title; .*keep one'),
     ('a file that fits nowhere', {'r.csv': '@ / a,1', 'u.csv': 'user_id,age / a,9'}, I,
      'error: u.csv with user_id, age.*Move other files away'),
     ('endings that are not read', {'r.json.gz': '{}', 'a.xlsx': '?', 'u.data': '1'}, {},
      'error: as .csv, .*found none; not read: a.xlsx, r.json.gz, u.data'),
-    ('columns without a name', 'user_id,item_id,, / a,1,,', I,
+    ('a column without a name', 'user_id,item_id, / a,1,', I,
      "error: header that names each column, each once; found '' in user_id.*pandas: index=F"),
+    ('a column that is there twice', 'user_id,item_id,user_id / a,1,b', I,
+     "error: names each column, each once; found 'user_id' in user_id, item_id, user_id"),
     ('misspelt names', '@,score / a,1,5', I,
      'error: columns says rating=scroe, but there are item_id, score, title, user_id',
      {'columns': {'rating': 'scroe'}}),
@@ -985,6 +1000,8 @@ CASES = [
     # rows
     ('an id that is missing', '@ / a,1 / a,2 / NA,2', I,
      "error: line 4: an id is missing, here 'NA'; .*row: NA, 2"),
+    ('an item without an id', '@ / a,1', 'item_id,title / 1,tea / ,cup',
+     'error: i.csv, line 3: an id is missing'),
     ('ids that a spreadsheet rounded', '@ / 5.31442E+17,1', I,
      r'error: r.csv, line 2: the id 5.31442E\+17 is a number that a spreadsheet'),
     ('no id in common', '@ / a,1.0 / a,2.0', I,
@@ -1280,6 +1297,13 @@ class TestDownloads:
             fails(r'http://h.invalid/f: \[Errno -2\] Name or service not known$', data.download,
                   'http://h.invalid/f', tmp_path / 'f')
 
+    def test_two_at_once_do_not_mix(self, server, tmp_path):
+        server.pages['f'], server.script = BIG, [{'cut': 1}]
+        call = server.url + 'f', str(tmp_path / 'f'), hashlib.sha256(BIG).hexdigest(), len(BIG)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: data.download(*call), range(8)))
+        assert (tmp_path / 'f').read_bytes() == BIG and len(list(tmp_path.iterdir())) == 1
+
     @pytest.mark.parametrize('code, err, message', [
         (0, '', 'SHA-256'), (1, 'x\nERROR: No matching distribution\n', 'ERROR: No matching')])
     def test_ml_100k_comes_through_pip(self, tmp_path, monkeypatch, code, err, message):
@@ -1301,7 +1325,7 @@ VOCAB = SPECIALS + ('a b c red green tea un ##a ##able ##ably ##break ##s ! , $ 
 
 class TestTokenizer:
     @pytest.mark.parametrize('text, expected', [
-        ('', []), ('Red,GREEN\ttea!', ['red', ',', 'green', 'tea', '!']),
+        ('', []), ('Red,GREEN\ttea!\nred\ra', ['red', ',', 'green', 'tea', '!', 'red', 'a']),
         ('unbreakable unbreakably', ['un', '##break', '##able', 'un', '##break', '##ably']),
         ('Cr\u00e8me cre\u0300me \u0301', ['creme', 'creme']),      # accents, composed or not
         ('re\x00d gre\u200ben\ufffd t\x07ea', ['red', 'green', 'tea']),        # control characters
@@ -1335,11 +1359,12 @@ WHOLE = {'dtype': 'F32', 'shape': [6], 'data_offsets': [0, 24]}      # an entry 
 
 class TestSafetensors:
     @pytest.mark.parametrize('content', [
-        b'', b'\xff' * 8, headed(b'{"a'), headed(b'[]'), headed(b'[' * 40000), headed(b'{"a": {}}'),
+        b'', b'\xff' * 8, headed(b'{"a'), headed(b'7'), headed(b'[' * 40000), headed(b'{"a": {}}'),
         headed(b'{}') + bytes(1), headed(json.dumps({'a\n\x1b': WHOLE}).encode()) + bytes(23),
         *(headed(json.dumps({'a': WHOLE | damage}).encode()) + bytes(24) for damage in (
             {'data_offsets': [0, 20]}, {'shape': [7], 'data_offsets': [0, 28]}, {'shape': [6.0]},
-            {'shape': [5], 'data_offsets': [4, 24]}, {'dtype': 'Q4'}, {'data_offsets': None})),
+            {'shape': [5], 'data_offsets': [4, 24]}, {'dtype': 'Q4'}, {'data_offsets': None},
+            {'shape': [10 ** 30], 'data_offsets': [0, 4 * 10 ** 30]})),
         headed(json.dumps({'a': WHOLE, 'b': WHOLE}).encode()) + bytes(24)])          # they overlap
     def test_damaged(self, tmp_path, content):
         (tmp_path / 'm').write_bytes(content)
@@ -1506,8 +1531,7 @@ class TestMPNet:
         assert capsys.readouterr().err == ('note: half or more of the words of 3 of 5 texts are '
                                            'unknown to MPNet, first of "tea \u0e01"\n')
         embed.run_mpnet(texts[2:3], tiny)
-        said = capsys.readouterr().err
-        assert said.endswith('first of "\u0e01\\x1b[31m' + 'q' * 54 + '"\n')
+        assert capsys.readouterr().err.endswith('"\u0e01\\x1b[31m' + 'q' * 54 + '"\n')
 
     @pytest.mark.parametrize('has, expected', [
         ({}, 'float32'), ({'avx512_bf16': True}, 'bfloat16'), ({'amx_bf16': True}, 'bfloat16'),
@@ -1593,7 +1617,7 @@ class TestCache:
         ({'texts': ['a', math.nan]}, '^texts: 1 is a float; expected a string$'),
         ({'encoder': 'v.npz', 'ids': None}, '^ids: one NoneType; expected a list of strings'),
         ({'encoder': 'v.npz', 'ids': ['7', '8']}, '2 ids for 1 texts'),
-        ({'device': 'abacus'}, '^device: .*abacus'),
+        ({'device': 'abacus'}, '^device: .*abacus'), ({'device': torch.ones(2)}, '^device: '),
         ({'texts': ['!', '.'], 'encoder': 'tfidf'}, 'no text has a word'),
         ({}, 'cannot write the cache'), ({'cache': None}, '^cache: '),
         ({'cache': '~no-such-user/x'}, '^cache: .*home')])
