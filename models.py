@@ -129,7 +129,8 @@ class LightGCN(torch.nn.Module):
     def __init__(self, graph, users0, items0, n_layers=2, device='cpu'):   # L = 2 [authors' code]
         super().__init__()
         mine = own_columns(users0.shape[1])                # all, but under torchrun
-        start = np.concatenate([users0[:, mine], items0[:, mine]]).astype(np.float32)
+        start = np.concatenate([users0[:, mine], items0[:, mine]])
+        start = np.ascontiguousarray(start, np.float32)    # a Fortran order would stay one
         self.n_users = len(users0)
         self.K = users0.shape[1]
         self.graphs = [on_device(graph, device)] * n_layers

@@ -779,7 +779,9 @@ class TestTraining:
         fails('nothing to rank', models.train, 'bpr', sp.csr_matrix(ones((2, 3))), none, *start)
         fails("'gcn': expected one of lightgcn", models.train, 'gcn', observed, none, *start)
         fails("'nodes': expected edge", models.train, 'sgl', observed, none, *start, views='nodes')
-        model, curve = models.train('bpr', observed, none, *start, epochs=0)
+        model, curve = models.train('bpr', observed, none, *map(np.asfortranarray, start[:2]), rng,
+                                    epochs=0)
+        assert model.table.is_contiguous()
         assert curve == [] and (model.embeddings()[0] == 1).all()      # the start itself
         fails('valid has the shape .3, 2.', models.train, 'bpr', observed, none.T, *start)
         fails('target has the shape', models.evaluate, *model.embeddings(), observed.T)
