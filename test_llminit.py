@@ -1281,7 +1281,7 @@ class TestDownloads:
         data.download(server.url + 'f', str(tmp_path / 'f'), most=len(BIG))
         assert (tmp_path / 'f').read_bytes() == BIG and len(list(tmp_path.iterdir())) == 1
         if waits == [60] and not hasattr(data.Retry, 'DEFAULT_RETRY_AFTER_MAX'):
-            waits = [9000]                                             # older urllib3 obey the server
+            waits = [9000]                                       # older ones obey the server
         assert len(server.asked) == n_asked and server.waits == waits
 
     @pytest.mark.parametrize('script, n_asked, more, message', [

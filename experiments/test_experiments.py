@@ -365,7 +365,8 @@ class TestReport:
         text = ''.join(Path(page).read_text() for page in PAGES)
         commands = dict(re.findall(rf'{COMMAND}plot (experiments/\S+) ((?:.*\\\n)*.*)$', text,
                                    re.MULTILINE))
-        shown = {f'experiments/{name}' for name in re.findall(r'!\[[^]]*\]\((?:\S+/)?(\S+)\)', text)}
+        images = re.findall(r'!\[[^]]*\]\((?:\S+/)?(\S+)\)', text)
+        shown = {f'experiments/{name}' for name in images}
         assert shown == commands.keys() == set(map(str, Path().glob('experiments/*.png')))
         for name, rest in commands.items():
             report.main(['plot', str(tmp_path / 'f.png'), *shlex.split(rest.replace('\\\n', ''))])
