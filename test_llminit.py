@@ -930,6 +930,16 @@ class TestProcesses:
         assert codes == (2, None, 2) and time.monotonic() - start < 60
         assert 'error: another process has ended' in outs[0] and outs[2] == ''
 
+    @pytest.mark.parametrize('rank, match', [('3', 'RANK is 3: expected less than'),
+                                             ('0', 'or the port is taken: .*MASTER')])
+    def test_processes_started_by_hand_are_told_in_a_line(self, own, monkeypatch, capsys, rank,
+                                                          match):
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        monkeypatch.setenv('RANK', rank)
+        assert main_on(own, '--strategy', 'none') == 2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1 and re.search(match, err[0])
+
     @pytest.mark.parametrize('variables', [
         {'RANK': '', 'LOCAL_RANK': '', 'WORLD_SIZE': ''}, {'LOCAL_RANK': '1'}])
     def test_alone_variables_of_torchrun_mean_nothing(self, own, monkeypatch, capsys, variables):
