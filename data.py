@@ -315,9 +315,9 @@ def download(url, path, sha256=None, most=2 << 30):
         part.unlink(missing_ok=True)
 
 
-def sweep(folder):
-    """Remove what a killed run left in a folder of ours: names with .part, after a day."""
-    for path in folder.glob('*.part*'):
+def sweep(folder, names):
+    """Remove what a killed run left under temporary names, such as .part-*, after a day."""
+    for path in folder.glob(names):
         with contextlib.suppress(OSError):                 # another process may sweep too
             if path.stat().st_mtime < time.time() - 86_400:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -360,7 +360,7 @@ def dataset_files(dataset, folder):
     """Paths of a dataset's .inter and .item file, fetched if missing; what is there stays."""
     if os.path.isdir(dataset):
         print(f'note: {dataset} is the known set; the folder is ./{dataset}', file=sys.stderr)
-    sweep(folder)
+    sweep(folder, '.part-*')
     name = FOLDERS[dataset]
     home = folder / name
     paths = [home / f'{name}.inter', home / f'{name}.item']
@@ -525,6 +525,8 @@ def split(interactions, rng, last=False):
 
     # which of its user's interactions, from 0, tests and which validates; (U,) each
     if last:
+        if (pairs.data == 1).all():
+            raise ValueError('the interactions have no order in time: load(timestamps=True)')
         order = np.lexsort((pairs.data, users))            # each user's, oldest first
         test = count - 1
         valid = count - 2

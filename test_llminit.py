@@ -1158,6 +1158,7 @@ class TestSplit:
         if not (count >= 2).any():
             fails('nothing to test with', data.split, matrix, np.random.default_rng(seed), last)
             return
+        fails('no order in time', data.split, matrix > 0, 0, True)
         train, valid, test = data.split(matrix, np.random.default_rng(seed), last)
         for one, other in zip(data.split(matrix > 0, np.random.default_rng(seed)), data.split(
                 matrix, np.random.default_rng(seed))):
@@ -1866,22 +1867,24 @@ for name in sys.argv[1:-1]:
 
 
 class TestModules:
-    def test_what_a_killed_run_left_goes_after_a_day(self, server, tmp_path, monkeypatch):
-        for folder in (tmp_path / 'vectors', tmp_path / embed.NAME, tmp_path):
+    def test_what_a_killed_run_left_goes_after_a_day_and_nothing_else(self, server, tmp_path,
+                                                                     monkeypatch):
+        names = 'old.part', 'new.part'
+        ours = {tmp_path / 'vectors': names, tmp_path / embed.NAME: names,
+                tmp_path: ('.part-old', '.part-new')}
+        for folder, (name, new) in ours.items():
             folder.mkdir(exist_ok=True)
-            for name in ('x.part', '.part-x'):
-                (folder / name).mkdir()
-                (folder / f'new{name}').write_text('')
-                os.utime(folder / name, (0, 0))
-            (folder / 'kept').write_text('')
-            os.utime(folder / 'kept', (0, 0))
+            (folder / new).mkdir()
+            for old in (name, 'notes.partial', 'spare.part.txt'):
+                (folder / old).mkdir()
+                os.utime(folder / old, (0, 0))
         monkeypatch.setattr(sys, 'executable', 'no-python')
         fails('no source', embed.fetch_mpnet, tmp_path / embed.NAME)
         embed.cached(['a'], tmp_path, 'm', (), lambda texts: np.ones(1))
         fails('by hand', data.load, 'toys', str(tmp_path))
-        for folder in (tmp_path / 'vectors', tmp_path / embed.NAME, tmp_path):
+        for folder, (_, new) in ours.items():
             left = {path.name for path in folder.iterdir() if path.suffix != '.npy'}
-            assert left - {'vectors', embed.NAME} == {'newx.part', 'new.part-x', 'kept'}
+            assert left - {'vectors', embed.NAME} == {new, 'notes.partial', 'spare.part.txt'}
 
     def test_each_imports_alone_in_an_empty_folder_and_does_nothing(self, tmp_path):
         names = ['data', 'embed', 'llminit', 'models']
