@@ -23,11 +23,11 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 
 def printable(text):
@@ -237,6 +237,7 @@ def main(argv=None):
     say = tell if rank == 0 else lambda line: None
     if args.save is not None and rank == 0:
         check_folder(args.save)                    # what cannot be saved shows now
+        data.sweep(Path(args.save), '.part-*')     # what a killed run left there
 
     with models.in_turn():                         # the first process downloads and encodes
         # interactions and low, those rated low: csr (U, I); texts, titles, item_ids: [I]
@@ -257,13 +258,13 @@ def main(argv=None):
 
     if args.strategy == 'none':
         users0, items0 = (xavier(rng, n, args.dim) for n in train.shape)     # (U, K), (I, K)
-    elif args.strategy == 'joint':
-        items0 = joint(vectors, train, args.dim)                             # (I, K)
-        users0 = pool_users(train, items0, args.pool)                        # (U, K)
     else:
-        items0 = select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
-                             popular=args.popular, degree=train.getnnz(axis=0))
-        users0 = pool_users(train, items0, args.pool)
+        if args.strategy == 'joint':
+            items0 = joint(vectors, train, args.dim)                         # (I, K)
+        else:
+            items0 = select_dims(vectors, args.dim, args.strategy, rng, whiten=args.whiten,
+                                 popular=args.popular, degree=train.getnnz(axis=0))
+        users0 = pool_users(train, items0, args.pool)                        # (U, K)
 
     model, curve = models.train(args.model, train, valid, users0, items0, rng, device=device,
                                 log=say, **train_arguments(args))
@@ -328,10 +329,6 @@ def check_folder(folder):
     if not ours and (others := [name for name in there if name[0] != '.']):
         raise ValueError(f'{folder} holds other files, such as {others[0]}, and no run: choose '
                          'another --save')
-
-    for name, path in there.items():                       # of a run that was killed
-        if name.startswith('.part-') and time.time() - os.path.getmtime(path) > 24 * 3600:
-            shutil.rmtree(path)
     os.rmdir(tempfile.mkdtemp(prefix='.part-', dir=folder))
 
 

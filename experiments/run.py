@@ -146,8 +146,10 @@ def early_stopping(model, epoch, valid, seen, epochs, patience, log):
         if not np.isfinite(loss):
             raise ValueError(f'training diverged in epoch {number}, the loss is {loss}: choose a '
                              'lower learning rate')
-        recall, ndcg = means(models.evaluate(*model.embeddings(), valid, seen)).values()
-        if ndcg > best:
+        recall = ndcg = np.nan
+        if valid.nnz:
+            recall, ndcg = means(models.evaluate(*model.embeddings(), valid, seen)).values()
+        if not ndcg <= best:                               # also of NaN: without validation
             best, best_epoch = ndcg, number
             kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         curve.append(dict(epoch=number, loss=loss, recall=recall, ndcg=ndcg,
