@@ -185,6 +185,19 @@ class TestRun:
         z = np.concatenate(start) @ model.projection.detach().numpy()
         np.testing.assert_allclose(np.concatenate(model.embeddings()), z, atol=1e-6)
 
+    def test_without_validation_the_last_epoch_is_kept_as_in_training(self):
+        model = torch.nn.Linear(1, 1)
+        model.embeddings = lambda: None                                # is not asked
+
+        def epoch():
+            with torch.no_grad():
+                model.weight += 1
+            return 0.
+        start = model.weight.item()
+        curve = run.early_stopping(model, epoch, sp.csr_matrix((2, 3)), None, 3, 9, lambda line: 0)
+        assert [row['best'] for row in curve] == [True] * 3
+        assert abs(model.weight.item() - start - 3) < 1e-6
+
     def test_no_epochs_is_the_start_and_damaged_lines_are_left_alone(self, own, tmp_path, capsys):
         results = tmp_path / 'r.jsonl'
         assert grid(own, results, '--epochs', 0, '--cold', '0,.5') == 0
