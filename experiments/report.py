@@ -2,8 +2,8 @@
 
     python experiments/report.py table RESULTS.jsonl                       # Markdown
     python experiments/report.py table RESULTS.jsonl --against rand --show valid cost brief
-    python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, epoch,
-                                                                           # interactions
+    python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, items,
+                                                                           # epoch, interactions
     python experiments/report.py time RESULTS.jsonl                        # minutes
 
 Runs that differ in nothing but the seed are one cell: mean +- standard deviation (n - 1) over the
@@ -40,6 +40,8 @@ WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 
          'llmrec', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'cf', 'random',
          'text')                                         # the order of rows; other words come last
 BY_ACTIVITY = 'by training interactions, from'
+BY_ITEM = 'by training interactions of the item, from'
+FEW = 50                                                 # users; smaller groups are not shown
 # What a line of a results file must hold: {name: type or such a dict}.
 NUMBER = int, float
 SCORES = dict.fromkeys(METRICS, NUMBER)
@@ -279,12 +281,20 @@ def extra_columns(runs, show):
         for what in ('abundance', 'effective rank'):
             for side in runs[0]['spectrum']:
                 out[f'{what} of {side}'] = mean((run['spectrum'][side][what] for run in runs), 1)
-    if 'activity' in show:
-        groups = [run[BY_ACTIVITY] for run in runs]
-        for least in sorted({least for group in groups for least in group}, key=int):
-            scores = [group[least]['NDCG@10'] for group in groups if least in group]
-            out[f'from {least}'] = f'{np.mean(scores):.4f}'
+    for word, name, column in (('activity', BY_ACTIVITY, 'from'), ('items', BY_ITEM, 'item from')):
+        for least, score in groups_of(runs, name).items() if word in show else ():
+            out[f'{column} {least}'] = f'{score:.4f}'
     return out
+
+
+def groups_of(runs, name):
+    """{lower bound: mean NDCG@10 over [run]} of the groups of at least FEW users; name: of what."""
+    found = defaultdict(list)
+    for run in runs:
+        for least, group in run.get(name, {}).items():
+            if group['users'] >= FEW:
+                found[int(least)].append(group['NDCG@10'])
+    return {least: np.mean(found[least]) for least in sorted(found)}
 
 
 def cell(runs, gain, show):
@@ -326,8 +336,9 @@ def markdown(head, rows):
 
 
 def by_number(column):
-    """Where groups of users stand among the columns: last, by number."""
-    return int(column.removeprefix('from ')) if column.startswith('from ') else 0
+    """Where groups of users, then of items, stand among the columns: last, by number."""
+    name, found, least = column.rpartition('from ')
+    return (1, name, int(least)) if found else (0, '', 0)
 
 
 def table(runs, against, show):
@@ -424,7 +435,9 @@ STYLES = [dict(color=colour, marker=marker, ls=dashes) for colour, marker, dashe
 FIGURES = {'dim': ('K, dimensions', ('test NDCG@10', 'effective rank of the item table')),
            'cold': ('share of training interactions removed', ('test NDCG@10',)),
            'users': ('training interactions of the user', ('test NDCG@10',)),
+           'items': ("training interactions of the user's test item", ('test NDCG@10',)),
            'epoch': ('epoch', ('validation NDCG@10',))}
+GROUPED = {'users': BY_ACTIVITY, 'items': BY_ITEM}         # --x, whose places have equal distances
 
 # The figure of gains: training interactions a user of the whole sets, what starts are called.
 TRAINING = {'toys': 6.5, 'beauty': 6.9, 'office': 9.2, 'ml-100k': 56.}
@@ -436,8 +449,8 @@ NAMES = {'lightgcn': 'LightGCN', 'sgcl': 'SGCL'}
 
 def points_of(run, x, y):
     """{place on the x axis: value} of a run, for a line of FIGURES."""
-    if x == 'users':
-        return {int(least): group['NDCG@10'] for least, group in run[BY_ACTIVITY].items()}
+    if x in GROUPED:
+        return groups_of([run], GROUPED[x])
     if x == 'epoch':
         return {n: ndcg for n, (_, ndcg, _) in enumerate(run['curve'], 1)}
     value = run['test']['NDCG@10'] if y == 'test NDCG@10' else (
@@ -457,7 +470,7 @@ def curves(runs, x):
     for run, one in zip(runs, settings):
         told = [str(one.get(name)) if name in ('model', 'strategy', 'encoder') else
                 f'{name} {one.get(name)}' for name in differ
-                if name in ORDER + PROTOCOL or one.get(name) != usual[name]]
+                if name in ORDER + PROTOCOL or one.get(name) not in (usual[name], 'None', None)]
         lines[one['dataset']][' '.join(told) or one['strategy']].append(run)
     return lines
 
@@ -471,7 +484,7 @@ def draw(axes, lines, styles, x, y):
             for at, value in points_of(run, x, y).items():
                 values[label][at].append(value)
     ticks = sorted({at for points in values.values() for at in points})
-    places = dict(zip(ticks, range(len(ticks)) if x == 'users' else ticks))
+    places = dict(zip(ticks, range(len(ticks)) if x in GROUPED else ticks))
 
     for label, points in values.items():
         at = sorted(points)
@@ -481,9 +494,10 @@ def draw(axes, lines, styles, x, y):
                       markevery=[lines[label][0]['best epoch'] - 1] if x == 'epoch' else None,
                       **styles[label])
 
-    if x == 'users':
+    if x in GROUPED:
         ends = [f'-{b - 1}' if b - a > 1 else '' for a, b in zip(ticks, ticks[1:])] + [' or more']
-        axes.set_xticks(list(places.values()), [f'{a}{b}' for a, b in zip(ticks, ends)])
+        axes.set_xticks(list(places.values()), [f'{a}{b}' for a, b in zip(ticks, ends)],
+                        rotation=30, ha='right')
     if x == 'dim':
         axes.set_xscale('log', base=2)
         axes.set_xticks(ticks, ticks)
@@ -586,7 +600,7 @@ def arguments(argv):
     one = commands.add_parser('table', help='Markdown')
     one.add_argument('--against', default='none', metavar='STRATEGY', help='what gains are over')
     one.add_argument('--show', nargs='+', default=[], choices=('valid', 'cost', 'spectrum',
-                                                               'activity', 'brief'))
+                                                               'activity', 'items', 'brief'))
     two = commands.add_parser('plot', help='a PNG')
     two.add_argument('file', metavar='FILE.png')
     two.add_argument('--x', default='dim', choices=(*FIGURES, 'interactions'))

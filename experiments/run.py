@@ -53,8 +53,9 @@ TEXT = *llminit.SELECTIONS, 'joint'                      # strategies that start
 USED_BY = {'whiten': ('strategy', ('pca',)), 'popular': ('strategy', ('var',)),
            'encoder': ('strategy', TEXT), 'pool': ('strategy', TEXT),
            'views': ('model', ('sgl',)), 'tau': ('model', ('sgl', 'sgcl'))}
-ACTIVITY = 0, 1, 2, 3, 5, 9, 17     # [ours] lower bounds of the groups of users, by number of
-                                    # training interactions, that are also scored separately
+# [ours] lower bounds of the groups that are also scored apart: of users by their training
+# interactions, and of users by those of the item that they are tested with
+GROUPS = 0, 1, 2, 3, 5, 9, 17, 33, 65, 129
 
 
 def spectrum(table):
@@ -85,6 +86,15 @@ def digest(matrix):
 def means(scores):
     """{name: mean over users} of Recall@10 and NDCG@10, (n,) each."""
     return dict(zip(('Recall@10', 'NDCG@10'), (float(score.mean()) for score in scores)))
+
+
+def apart(scores, count):
+    """Scores of users (n,) in groups, by count (n,), interactions of each user or of the item that
+    the user is tested with -> {lower bound: {'users': how many, and their means()}}."""
+    group = np.searchsorted(GROUPS, count, side='right') - 1
+    return {str(GROUPS[g]): {'users': int((group == g).sum()),
+                             **means([score[group == g] for score in scores])}
+            for g in np.unique(group)}
 
 
 def settings_of(args):
@@ -165,15 +175,13 @@ def early_stopping(model, epoch, valid, seen, epochs, patience, log):
 def result(args, scores, curve, model, seconds, train, test, device):
     """The row of a finished run in the results file: a dict. model: the last value of fit()."""
     best = [epoch for epoch in curve if epoch['best']][-1]
-    degree = train.getnnz(axis=1)[test.getnnz(axis=1) > 0]                          # (n,)
-    group = np.searchsorted(ACTIVITY, degree, side='right') - 1
-    apart = {str(ACTIVITY[g]): {'users': int((group == g).sum()),
-                                **means([score[group == g] for score in scores])}
-             for g in np.unique(group)}
+    user, item = test.nonzero()                            # (n,), the one target of each user
     return {'settings': settings_of(args), 'training': args.training,
             'test': means(scores), 'valid': {'Recall@10': best['recall'], 'NDCG@10': best['ndcg']},
             'best epoch': best['epoch'], 'seconds': seconds, **model,
-            'by training interactions, from': apart,
+            'by training interactions, from': apart(scores, train.getnnz(axis=1)[user]),
+            'by training interactions of the item, from': apart(scores,
+                                                                train.getnnz(axis=0)[item]),
             'ranks': pack(scores[1]), 'test split': digest(test),
             'curve': [[round(epoch[name], 5) for name in ('loss', 'ndcg', 'seconds')]
                       for epoch in curve],

@@ -83,9 +83,12 @@ class TestRun:
         assert grid(own, results, *GRID) == 0 and len(trained) == 22   # all are there
         for row in rows:
             assert len(row['curve']) == 2 and row['test'].keys() == row['valid'].keys()
-            apart = row['by training interactions, from'].values()
-            whole = sum(part['users'] * part['NDCG@10'] for part in apart) / 120
-            assert abs(whole - row['test']['NDCG@10']) < 1e-9
+            of_users = row['by training interactions, from'].values()
+            of_items = row['by training interactions of the item, from'].values()
+            assert len(of_users) == 1 < len(of_items)          # all users here have equally many
+            for apart in (of_users, of_items):
+                whole = sum(part['users'] * part['NDCG@10'] for part in apart) / 120
+                assert abs(whole - row['test']['NDCG@10']) < 1e-9
             assert abs(report.users_ndcg(row).mean() - whole) < 1e-9
 
     @pytest.mark.parametrize('usual, flags', [
@@ -237,8 +240,10 @@ def fake_run(strategy, seed, ndcg, dataset='office', training={}, **more):
     return {'settings': one, 'training': training, 'K': one['dim'], 'test': scores, 'valid': scores,
             'best epoch': 2, 'parameters': 9, 'seconds': 3., 'ranks': run.pack(ndcg),
             'curve': [[1., .1, 1.], [.9, .2, 1.]], 'spectrum': {'users': part, 'items': part},
-            'by training interactions, from': {'3': {'users': 5, **scores},
-                                               '5': {'users': 4, **scores}}}
+            'by training interactions, from': {'3': {'users': 95, **scores},
+                                               '5': {'users': 94, **scores},
+                                               '17': {'users': 9, **scores}},
+            'by training interactions of the item, from': {'9': {'users': 90, **scores}}}
 
 
 NDCG = np.where(np.arange(300) % 7 == 0, 1., 0)
@@ -279,7 +284,7 @@ class TestReport:
                 2. + rng.integers(0, 10, (2, 900))), 0)
         runs = [fake_run(name, seed, ndcg[name][seed], dim=128) for name in ndcg for seed in (0, 1)]
         lines, code, _ = tell(runs, 'table', 'r.jsonl', '--show', 'cost', 'valid', 'spectrum',
-                              'activity')
+                              'activity', 'items')
         rows = rows_of(lines)
         assert code == 0 and '2 comparisons' in lines[0]
         assert [row['strategy'] for row in rows] == ['none', 'rand', 'var']
@@ -290,7 +295,8 @@ class TestReport:
         for row, paper in zip(rows, ('.0647/.0298', '.0770/.0365', '.0776/.0366')):
             found = ndcg[row['strategy']].mean(1)
             assert row['NDCG@10'] == f'{found.mean():.4f} +- {found.std(ddof=1):.4f}'
-            assert row['paper'] == paper and row['seeds'] == '2' and row['from 5']
+            assert row['paper'] == paper and row['seeds'] == '2' and 'from 17' not in row
+            assert row['from 5'] == row['item from 9'] == f'{found.mean():.4f}'
             if row['strategy'] != 'none':
                 assert row['p'] == f'{expected[row["strategy"]]:.1g}'
                 assert row['gain'] == f'{found.mean() / ndcg["none"].mean() - 1:+.1%}'
@@ -346,7 +352,7 @@ class TestReport:
         row = next(row for row in rows_of(lines) if row['strategy'] == 'full')
         assert row['dim'] == '24' and row['p'] == '1'
 
-    @pytest.mark.parametrize('x', ['dim', 'cold', 'users', 'epoch'])
+    @pytest.mark.parametrize('x', ['dim', 'cold', 'users', 'items', 'epoch'])
     def test_the_figures_are_drawn(self, tell, x):
         runs = [fake_run(strategy, 0, np.full(9, 1.), dim=dim, cold=cold, dataset=dataset)
                 for dataset in ('office', 'beauty') for strategy in ('none', 'var')
