@@ -35,7 +35,8 @@ METRICS = 'Recall@10', 'NDCG@10'
 PROTOCOL = 'seen', 'preset'                              # a table for each
 ORDER = 'model', 'encoder', 'dim', 'cold', 'strategy'    # columns; others stand with the strategy
 OF_STRATEGY = ('strategy', 'encoder', 'whiten', 'popular', 'pool', 'lr', 'chat', 'users',
-               'base')                                   # may differ from what gains are over
+               'base', 'trained')                        # may differ from what gains are over
+TUNED = 'lr', 'batch', 'patience', 'tau'                 # what best() chooses
 WORDS = ('lightgcn', 'sgl', 'sgcl', 'morec', 'bpr', 'ease', 'l3ae', 'alpharec', 'llmrank',
          'llmrec', 'mpnet', 'none', 'rand', 'uni', 'var', 'noise', 'pca', 'joint', 'cf', 'random',
          'text')                                         # the order of rows; other words come last
@@ -153,6 +154,26 @@ def chosen(runs, only):
         if not runs:
             raise ValueError(f'no run with {condition}')
     return runs
+
+
+def best(runs):
+    """Of each start the runs with the training values that have the highest mean validation NDCG@10
+    among those with most seeds. The values become one setting, `trained`."""
+    tries = defaultdict(lambda: defaultdict(list))         # {start: {trained: [run]}}
+    for run in runs:
+        one = run['settings']
+        for name in TUNED:
+            one.pop(name, None)
+        one['trained'] = ', '.join(f'{name} {run["training"][name]:g}' for name in TUNED
+                                   if name in run['training']) or None
+        tries[described(one, ('seed', 'trained'))][one['trained']].append(run)
+
+    kept = []
+    for found in tries.values():
+        most = max(map(len, found.values()))
+        kept += max((some for some in found.values() if len(some) == most),
+                    key=lambda some: np.mean([run['valid']['NDCG@10'] for run in some]))
+    return kept
 
 
 # ---- rows and what they gain ---------------------------------------------------------------------
@@ -397,7 +418,7 @@ def front(runs):
         column = one['dataset'] + (f", {one['cold']:.0%} removed" if one['cold'] else '')
         cell = means[one['model'], one['strategy']][column]
         if one['seed'] in cell:
-            raise ValueError(f'several runs are {called(one)}: choose with --only')
+            raise ValueError(f'several runs are {called(one)}: choose with --only or --best')
         cell[one['seed']] = run['test']['NDCG@10']
 
     columns = list(dict.fromkeys(column for row in means.values() for column in row))
@@ -547,9 +568,10 @@ def ratios(runs):
         one = run['settings']
         users = TRAINING[one['dataset']] * (1 - one['cold'])
         label = LABELS.get((one['strategy'], one['model']), LABELS.get(one['strategy']))
-        slow = run['training'].get('lr') == 1e-4           # which joint wants, with SGCL
-        if label and (label != 'joint' or one['model'] != 'sgcl' or slow):
+        if label:
             key = (users, one['dataset']), one['seed']
+            if (one['model'], label) in scores[key]:
+                raise ValueError(f'several runs are {called(one)}: choose with --only or --best')
             scores[key][one['model'], label] = run['test']['NDCG@10']
 
     out = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
@@ -610,6 +632,8 @@ def arguments(argv):
         sub.add_argument('results', nargs='*', help='default: results.jsonl')
         sub.add_argument('--only', nargs='+', action='extend', default=[], metavar='NAME=VALUE',
                          help='settings that a run must have, such as model=sgl strategy=none,var')
+        sub.add_argument('--best', action='store_true', help='of each start only the runs with the '
+                         f'{", ".join(TUNED)} of the best validation')
     return p.parse_args(argv)
 
 
@@ -622,6 +646,8 @@ def main(argv=None):
         if args.command == 'plot' and not args.file.endswith('.png'):
             raise ValueError(f'{args.file}: expected FILE.png, then the results files')
         runs = chosen(read(files or ['results.jsonl'], every=args.command == 'time'), only)
+        if args.best:
+            runs = best(runs)
         if args.command == 'plot' and args.x == 'interactions':
             plot_gains(runs, args.file)
         elif args.command == 'plot':

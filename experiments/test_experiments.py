@@ -352,6 +352,22 @@ class TestReport:
         row = next(row for row in rows_of(lines) if row['strategy'] == 'full')
         assert row['dim'] == '24' and row['p'] == '1'
 
+    def test_of_each_start_the_training_of_the_best_validation(self, tell):
+        def tuned(strategy, seed, tau, valid, test):
+            row = fake_run(strategy, seed, np.where(np.arange(300) < test, 1., 0), tau=tau,
+                           training={'lr': .1 if tau else .2, 'tau': tau})
+            return row | {'valid': {'Recall@10': .5, 'NDCG@10': valid}}
+        runs = [tuned('none', 0, .1, .3, 60), tuned('none', 1, .1, .1, 60),    # mean .2
+                tuned('none', 0, .5, .25, 90), tuned('none', 1, .5, .25, 90),  # mean .25: the best
+                tuned('none', 0, .9, .9, 30),                                  # a seed less
+                tuned('var', 0, .1, .4, 120), tuned('var', 1, .1, .4, 120),
+                tuned('var', 0, .5, .3, 150), tuned('var', 1, .5, .3, 150)]
+        lines, code, err = tell(runs, 'table', 'r.jsonl', '--best')
+        none, var = rows_of(lines)
+        assert code == 0 and 'trained lr 0.1, tau 0.5 unless said' in lines[0], err
+        assert none['NDCG@10'][:6] == '0.3000' and var['NDCG@10'][:6] == '0.4000'
+        assert var['gain'] == '+33.3%' and var['strategy'] == 'var trained=lr 0.1, tau 0.1'
+
     @pytest.mark.parametrize('x', ['dim', 'cold', 'users', 'items', 'epoch'])
     def test_the_figures_are_drawn(self, tell, x):
         runs = [fake_run(strategy, 0, np.full(9, 1.), dim=dim, cold=cold, dataset=dataset)
