@@ -409,27 +409,30 @@ def called(settings):
     return ' '.join(str(settings[name]) for name in names)
 
 
-def front(runs):
-    """Yields the lines of a Markdown table of NDCG@10 alone, and the gain over the first row: a
-    row for each model and start, a column for each dataset and share that was removed."""
-    means = defaultdict(lambda: defaultdict(dict))         # {row: {column: {seed: NDCG@10}}}
+def front(runs, show):
+    """Yields the lines of a Markdown table of NDCG@10 alone, and the gain over the random start of
+    the same model: a row for each model and start that has all columns, a column for each dataset
+    and share that was removed. show: 'valid', scores of validation; 'spread', deviations."""
+    scores = defaultdict(lambda: defaultdict(dict))        # {row: {column: {seed: NDCG@10}}}
     for run in sorted(runs, key=place):
         one = run['settings']
         column = one['dataset'] + (f", {one['cold']:.0%} removed" if one['cold'] else '')
-        cell = means[one['model'], one['strategy']][column]
-        if one['seed'] in cell:
+        found = scores[one['model'], one['strategy']][column]
+        if one['seed'] in found:
             raise ValueError(f'several runs are {called(one)}: choose with --only or --best')
-        cell[one['seed']] = run['test']['NDCG@10']
+        found[one['seed']] = run['valid' if 'valid' in show else 'test']['NDCG@10']
 
-    columns = list(dict.fromkeys(column for row in means.values() for column in row))
-    first = next(iter(means.values()))
+    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
     lines = []
-    for (model, strategy), row in means.items():
-        cells = []
+    for (model, strategy), row in scores.items():
+        if len(row) < len(columns):
+            continue
+        random, cells = scores.get((model, 'none')), []
         for column in columns:
-            value = np.mean([*row[column].values()])
-            gain = value / np.mean([*first[column].values()]) - 1
-            cells.append(f'{value:.4f}' + f' {gain:+.0%}' * (row is not first))
+            values = [*row[column].values()]
+            text = spread(values) if 'spread' in show else f'{np.mean(values):.4f}'
+            gain = np.mean(values) / np.mean([*random[column].values()]) - 1 if random else 0
+            cells.append(text + f' {gain:+.0%}' * bool(random and row is not random))
         lines.append([model, strategy, *cells])
     yield from markdown(['model', 'start', *columns], lines)
 
@@ -628,6 +631,7 @@ def arguments(argv):
     two.add_argument('--x', default='dim', choices=(*FIGURES, 'interactions'))
     three = commands.add_parser('time', help='minutes that the runs took')
     four = commands.add_parser('front', help='Markdown, NDCG@10 alone')
+    four.add_argument('--show', nargs='+', default=[], choices=('valid', 'spread'))
     for sub in (one, two, three, four):
         sub.add_argument('results', nargs='*', help='default: results.jsonl')
         sub.add_argument('--only', nargs='+', action='extend', default=[], metavar='NAME=VALUE',
@@ -653,7 +657,7 @@ def main(argv=None):
         elif args.command == 'plot':
             plot(runs, args.x, args.file)
         elif args.command == 'front':
-            print('\n'.join(front(runs)))
+            print('\n'.join(front(runs, args.show)))
         elif args.command == 'time':
             print('\n'.join(times(runs)))
         else:

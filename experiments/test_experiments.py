@@ -368,6 +368,27 @@ class TestReport:
         assert none['NDCG@10'][:6] == '0.3000' and var['NDCG@10'][:6] == '0.4000'
         assert var['gain'] == '+33.3%' and var['strategy'] == 'var trained=lr 0.1, tau 0.1'
 
+    def test_the_front_table_has_gains_over_the_random_start_of_the_same_model(self, tell):
+        def of(model, strategy, dataset, hits):
+            return fake_run(strategy, 0, np.where(np.arange(300) < hits, 1., 0), dataset=dataset,
+                            **{'model': model})
+        runs = [of(*one) for one in (
+            ('lightgcn', 'none', 'office', 30), ('lightgcn', 'none', 'toys', 60),
+            ('lightgcn', 'var', 'office', 33), ('lightgcn', 'var', 'toys', 60),
+            ('sgcl', 'none', 'office', 60), ('sgcl', 'none', 'toys', 90),
+            ('sgcl', 'var', 'office', 90), ('l3ae', 'full', 'office', 99),
+            ('l3ae', 'full', 'toys', 3))]
+        lines, code, _ = tell(runs, 'front', 'r.jsonl')
+        assert code == 0 and lines[2:] == [
+            '| lightgcn | none | 0.1000 | 0.2000 |',
+            '| lightgcn | var | 0.1100 +10% | 0.2000 +0% |',
+            '| sgcl | none | 0.2000 | 0.3000 |',
+            '| l3ae | full | 0.3300 | 0.0100 |']
+        more = [fake_run('none', 1, np.full(300, 1.), model='lightgcn') | {
+            'valid': {'Recall@10': 1., 'NDCG@10': .5}}]
+        lines, _, _ = tell(runs[:1] + more, 'front', 'r.jsonl', '--show', 'valid', 'spread')
+        assert lines[2:] == ['| lightgcn | none | 0.3000 +- 0.2828 |']
+
     @pytest.mark.parametrize('x', ['dim', 'cold', 'users', 'items', 'epoch'])
     def test_the_figures_are_drawn(self, tell, x):
         runs = [fake_run(strategy, 0, np.full(9, 1.), dim=dim, cold=cold, dataset=dataset)
