@@ -416,13 +416,14 @@ def front(runs, show):
     scores = defaultdict(lambda: defaultdict(dict))        # {row: {column: {seed: NDCG@10}}}
     for run in sorted(runs, key=place):
         one = run['settings']
-        column = one['dataset'] + (f", {one['cold']:.0%} removed" if one['cold'] else '')
-        found = scores[one['model'], one['strategy']][column]
+        found = scores[one['model'], one['strategy']][one['dataset'], one['cold']]
         if one['seed'] in found:
             raise ValueError(f'several runs are {called(one)}: choose with --only or --best')
         found[one['seed']] = run['valid' if 'valid' in show else 'test']['NDCG@10']
 
-    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+    datasets = [*dict.fromkeys(run['settings']['dataset'] for run in runs)]
+    columns = sorted({column for row in scores.values() for column in row},
+                     key=lambda column: (datasets.index(column[0]), column[1]))
     lines = []
     for (model, strategy), row in scores.items():
         if len(row) < len(columns):
@@ -434,7 +435,8 @@ def front(runs, show):
             gain = np.mean(values) / np.mean([*random[column].values()]) - 1 if random else 0
             cells.append(text + f' {gain:+.0%}' * bool(random and row is not random))
         lines.append([model, strategy, *cells])
-    yield from markdown(['model', 'start', *columns], lines)
+    yield from markdown(['model', 'start', *(dataset + f', {cold:.0%} removed' * bool(cold)
+                                             for dataset, cold in columns)], lines)
 
 
 def times(runs):
