@@ -4,6 +4,7 @@
     python experiments/report.py table RESULTS.jsonl --against rand --show valid cost brief
     python experiments/report.py plot FILE.png RESULTS.jsonl --x dim       # or cold, users, items,
                                                                            # epoch, interactions
+    python experiments/report.py front RESULTS.jsonl                       # NDCG@10 and gain alone
     python experiments/report.py time RESULTS.jsonl                        # minutes
 
 Runs that differ in nothing but the seed are one cell: mean +- standard deviation (n - 1) over the
@@ -16,7 +17,8 @@ gain is the relative gain in NDCG@10 over the row of the same settings with stra
 --against). p is a paired t-test over the users (scipy.stats.ttest_rel): of each user the mean
 NDCG@10 over the seeds that both rows have, corrected by Holm's method for all comparisons of the
 table. The users are the sample, not the seeds: a p says that these models differ for users like
-these. --show brief leaves out Recall@10, p and the number of seeds.
+these. --show brief leaves out Recall@10, p and the number of seeds. --best compares each start at
+the training values that its own validation chose among the runs in the files.
 
 This file knows the results files and no other module. numpy, scipy; plot also needs matplotlib.
 """
