@@ -562,7 +562,8 @@ def plot(runs, x, path):
             draw(axes, some, styles, x, y)
     known = {label: handle for axes in grid[0] for handle, label in
              zip(*axes.get_legend_handles_labels())}
-    grid[0, 0].legend(known.values(), known.keys(), fontsize=8)
+    figure.legend(known.values(), known.keys(), fontsize=9, loc='outside upper center',
+                  ncols=min(len(known), 2 * len(lines)))
     figure.savefig(path, dpi=150)
 
 
