@@ -305,8 +305,9 @@ def extra_columns(runs, show):
             for side in runs[0]['spectrum']:
                 out[f'{what} of {side}'] = mean((run['spectrum'][side][what] for run in runs), 1)
     for word, name, column in (('activity', BY_ACTIVITY, 'from'), ('items', BY_ITEM, 'item from')):
-        for least, score in groups_of(runs, name).items() if word in show else ():
-            out[f'{column} {least}'] = f'{score:.4f}'
+        if word in show:
+            for least, score in groups_of(runs, name).items():
+                out[f'{column} {least}'] = f'{score:.4f}'
     return out
 
 
@@ -411,6 +412,14 @@ def called(settings):
     return ' '.join(str(settings[name]) for name in names)
 
 
+def put_score(scores, key, run, part='test'):
+    """scores[key] becomes the NDCG@10 of a run. ValueError if another run stands there."""
+    if key in scores:
+        raise ValueError(f'several runs are {called(run["settings"])}: choose with --only or '
+                         '--best')
+    scores[key] = run[part]['NDCG@10']
+
+
 def front(runs, show):
     """Yields the lines of a Markdown table of NDCG@10 alone, and the gain over the random start of
     the same model: a row for each model and start that has all columns, a column for each dataset
@@ -419,9 +428,7 @@ def front(runs, show):
     for run in sorted(runs, key=place):
         one = run['settings']
         found = scores[one['model'], one['strategy']][one['dataset'], one['cold']]
-        if one['seed'] in found:
-            raise ValueError(f'several runs are {called(one)}: choose with --only or --best')
-        found[one['seed']] = run['valid' if 'valid' in show else 'test']['NDCG@10']
+        put_score(found, one['seed'], run, 'valid' if 'valid' in show else 'test')
 
     datasets = [*dict.fromkeys(run['settings']['dataset'] for run in runs)]
     columns = sorted({column for row in scores.values() for column in row},
@@ -430,12 +437,15 @@ def front(runs, show):
     for (model, strategy), row in scores.items():
         if len(row) < len(columns):
             continue
-        random, cells = scores.get((model, 'none')), []
+        random = scores.get((model, 'none'), {})
+        cells = []
         for column in columns:
             values = [*row[column].values()]
             text = spread(values) if 'spread' in show else f'{np.mean(values):.4f}'
-            gain = np.mean(values) / np.mean([*random[column].values()]) - 1 if random else 0
-            cells.append(text + f' {gain:+.0%}' * bool(random and row is not random))
+            if row is not random and column in random:
+                gain = np.mean(values) / np.mean([*random[column].values()]) - 1
+                text += f' {gain:+.0%}'
+            cells.append(text)
         lines.append([model, strategy, *cells])
     yield from markdown(['model', 'start', *(dataset + f', {cold:.0%} removed' * bool(cold)
                                              for dataset, cold in columns)], lines)
@@ -578,9 +588,7 @@ def ratios(runs):
         label = LABELS.get((one['strategy'], one['model']), LABELS.get(one['strategy']))
         if label:
             key = (users, one['dataset']), one['seed']
-            if (one['model'], label) in scores[key]:
-                raise ValueError(f'several runs are {called(one)}: choose with --only or --best')
-            scores[key][one['model'], label] = run['test']['NDCG@10']
+            put_score(scores[key], (one['model'], label), run)
 
     out = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for (where, _), found in scores.items():
